@@ -65,7 +65,7 @@ def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode
         max_prompt_length=config.grpo.get("max_prompt_length"),
         template=config.grpo.get("chat_template_kwargs"),
         environment=environment,
-        make=code and partial(request_problems, code, environment_worker, timeout_s),
+        make_problems=code and partial(request_problems, code, environment_worker, timeout_s),
     )
     replicas = parallel.count_replicas(world_size(), config.model.tensor_parallel_size)
     micro_batch_record.check_prompt_count(config, len(data.train), replicas)

@@ -55,7 +55,7 @@ class World:
 
         workers, code = Workers.create(config.environment.python), environment_code_of(config)
         make = partial(request_problems, code, workers.environment, 60)
-        data = load_data(config.dataset, None, environment=config.environment, make=make)
+        data = load_data(config.dataset, None, environment=config.environment, make_problems=make)
         self.rows, self.worker = list(data.train), workers.environment
         self.host = EpisodeHost(code, workers.environment, config.reward.timeout_s)
         columns = data.train.column_names

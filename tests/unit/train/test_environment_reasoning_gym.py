@@ -35,7 +35,7 @@ def rows_of(config: Any) -> Any:
     from toolkit.train.data.dataset import load_data
 
     make = partial(request_problems, environment_code_of(config), None, None)
-    return load_data(config.dataset, None, environment=config.environment, make=make)
+    return load_data(config.dataset, None, environment=config.environment, make_problems=make)
 
 
 def test_the_same_seed_makes_the_same_problems() -> None:

@@ -38,7 +38,7 @@ def data_of(config: Any, worker: Any = None) -> Any:
     from toolkit.train.data.dataset import load_data
 
     make = partial(request_problems, environment_code_of(config), worker, 60)
-    return load_data(config.dataset, None, environment=config.environment, make=make)
+    return load_data(config.dataset, None, environment=config.environment, make_problems=make)
 
 
 @pytest.fixture(scope="module")

@@ -76,8 +76,8 @@ def read_branch(folder: Path) -> tuple[Branch, int | None]:
         step = checkpoint.read_json(folder, TRAINER_STATE_FILE)["global_step"]
     except (InputError, KeyError, TypeError):
         return Branch(UNNAMED_BRANCH), None
-    found = _parse_branch(state.get("branch")) if isinstance(state, dict) else None
-    return found or Branch(UNNAMED_BRANCH), step if isinstance(step, int) else None
+    branch = _parse_branch(state.get("branch")) if isinstance(state, dict) else None
+    return branch or Branch(UNNAMED_BRANCH), step if isinstance(step, int) else None
 
 
 def current_branch(run_dir: Path) -> Branch:
@@ -90,9 +90,9 @@ def current_branch(run_dir: Path) -> Branch:
         recorded = None
     if recorded is not None:
         return recorded
-    sound = (folder for folder, _ in _intact_checkpoints(run_dir))
-    latest_one = next(sound, None)
-    return Branch(UNNAMED_BRANCH) if latest_one is None else read_branch(latest_one)[0]
+    intact = (folder for folder, _ in _intact_checkpoints(run_dir))
+    latest = next(intact, None)
+    return Branch(UNNAMED_BRANCH) if latest is None else read_branch(latest)[0]
 
 
 def record_branch(run_dir: Path, branch: Branch) -> None:
@@ -117,11 +117,11 @@ def abandoned_steps(run_dir: Path, before: Branch, after: Branch) -> list[int]:
     Such a checkpoint was written by ``before``, or by a parent of ``before`` or ``after``. It does
     not belong to ``after`` (``Branch.contains``).
     """
-    known = before.all_names | after.all_names
+    run_branches = before.all_names | after.all_names
     return [
         step
         for folder, step in _intact_checkpoints(run_dir)
-        if (name := _branch_name(folder)) in known and not after.contains(name, step)
+        if (name := _branch_name(folder)) in run_branches and not after.contains(name, step)
     ]
 
 
@@ -129,21 +129,21 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the latest valid checkpoint (None if there is none), and one line of text for each
     later checkpoint. Each line says why that checkpoint is not valid.
     """
-    branch, passed = current_branch(run_dir), list[str]()
+    branch, skipped = current_branch(run_dir), list[str]()
     for step in checkpoint.list_steps(run_dir):
         folder = checkpoint.path_of(run_dir, step)
         if not checkpoint.is_intact(folder):
-            passed.append(f"{folder}: {'; '.join(checkpoint.find_faults(folder))}")
+            skipped.append(f"{folder}: {'; '.join(checkpoint.find_faults(folder))}")
         elif _recorded_step(folder) != step:
-            passed.append(
+            skipped.append(
                 f"{folder}: contains step {_recorded_step(folder)}, which is not the step in its "
                 "name"
             )
         elif not branch.contains(_branch_name(folder), step):
-            passed.append(f"{folder}: belongs to another branch or another run")
+            skipped.append(f"{folder}: belongs to another branch or another run")
         else:
-            return folder, passed
-    return None, passed
+            return folder, skipped
+    return None, skipped
 
 
 def resume_point(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
@@ -157,11 +157,11 @@ def resume_point(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
         InputError: ``resume`` is a path, but there is no intact checkpoint at this path.
     """
     if resume in ("auto", "must"):
-        found, passed = latest_checkpoint(run_dir)
-        if found is None and passed:
+        found, skipped = latest_checkpoint(run_dir)
+        if found is None and skipped:
             raise ConfigError(
                 "no checkpoint in this folder is intact and belongs to this run"
-                + "".join(f"\n  skipped: {line}" for line in passed),
+                + "".join(f"\n  skipped: {line}" for line in skipped),
                 where=str(run_dir),
                 fix="remove the checkpoints to start again, set runtime.resume to one of them, or "
                 "set another runtime.output_dir",
@@ -172,7 +172,7 @@ def resume_point(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
                 where=str(run_dir),
                 fix="check runtime.output_dir, or set runtime.resume: auto to begin a new run",
             )
-        return found, passed
+        return found, skipped
     if resume == "never":
         if checkpoint.list_steps(run_dir) or (run_dir / "metrics.jsonl").exists():
             raise ConfigError(
@@ -188,9 +188,9 @@ def resume_point(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
             where=resume,
             fix="set runtime.resume to auto, must, never, or a checkpoint folder",
         )
-    if found_faults := checkpoint.find_faults(folder):
+    if faults := checkpoint.find_faults(folder):
         raise InputError(
-            f"the checkpoint is damaged: {'; '.join(found_faults)}",
+            f"the checkpoint is damaged: {'; '.join(faults)}",
             where=resume,
             fix="set runtime.resume to another checkpoint, or to auto",
         )
@@ -198,14 +198,14 @@ def resume_point(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
 
 
 def rotate_checkpoints(
-    run_dir: Path, keep: Iterable[int], *, keep_last: int, branch: Branch | None = None
+    run_dir: Path, keep_steps: Iterable[int], *, keep_last: int, branch: Branch | None = None
 ) -> None:
     """Remove all valid checkpoints except the latest ``keep_last`` checkpoints and the checkpoints
-    of the steps in ``keep``. If ``keep_last`` is 0, no checkpoint is removed.
+    of the steps in ``keep_steps``. If ``keep_last`` is 0, no checkpoint is removed.
     """
     if keep_last <= 0:
         return
-    kept = set(keep)
+    kept = set(keep_steps)
     for step in valid_steps(run_dir, branch)[keep_last:]:
         if step not in kept:
             checkpoint.remove(checkpoint.path_of(run_dir, step))
@@ -222,8 +222,8 @@ def _intact_checkpoints(run_dir: Path) -> Iterable[tuple[Path, int]]:
 
 
 def _recorded_step(folder: Path) -> int | None:
-    found = read_branch(folder)[1]
-    return checkpoint.step_in_name(folder.name) if found is None else found
+    step = read_branch(folder)[1]
+    return checkpoint.step_in_name(folder.name) if step is None else step
 
 
 def _branch_name(folder: Path) -> str:

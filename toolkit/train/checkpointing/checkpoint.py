@@ -79,17 +79,17 @@ def commit(partial: Path, step: int) -> Path:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     write_file(partial / CHECKSUMS_FILE, _checksums_text(_digests(partial)), durable=True)
-    final = path_of(partial.parent, step)
-    if os.path.lexists(final):
-        aside = newest_abandoned_folder(partial.parent)
-        if aside is None or os.path.lexists(aside / final.name):
-            aside = next_abandoned_folder(partial.parent)
-        move_into(final, aside)
-    partial.rename(final)
-    sync_folder(final.parent)
-    if (stamp := _folder_stamp(final)) is not None:
-        _INTACT[final] = stamp
-    return final
+    folder = path_of(partial.parent, step)
+    if os.path.lexists(folder):
+        abandoned = newest_abandoned_folder(partial.parent)
+        if abandoned is None or os.path.lexists(abandoned / folder.name):
+            abandoned = next_abandoned_folder(partial.parent)
+        move_into(folder, abandoned)
+    partial.rename(folder)
+    sync_folder(folder.parent)
+    if (stamp := _folder_stamp(folder)) is not None:
+        _INTACT[folder] = stamp
+    return folder
 
 
 def next_abandoned_folder(run_dir: Path) -> Path:
@@ -112,8 +112,8 @@ def newest_abandoned_folder(run_dir: Path) -> Path | None:
 
 
 def _largest_abandoned_number(run_dir: Path) -> int:
-    taken = (_ABANDONED_NAME.fullmatch(entry.name) for entry in os.scandir(run_dir))
-    return max((int(match[1]) for match in taken if match), default=0)
+    matches = (_ABANDONED_NAME.fullmatch(entry.name) for entry in os.scandir(run_dir))
+    return max((int(match[1]) for match in matches if match), default=0)
 
 
 def move_into(path: Path, folder: Path) -> Path:
@@ -138,11 +138,11 @@ def find_faults(folder: Path) -> list[str]:
         if not os.path.lexists(folder / CHECKSUMS_FILE):
             return [f"{CHECKSUMS_FILE} is missing, so the checkpoint was not completed"]
         text = regular.read_bytes(folder / CHECKSUMS_FILE)
-        listed = json.loads(text)
-        files: dict[str, dict[str, Any]] = listed["files"]
-        if listed["format"] != FORMAT_VERSION:
+        checksums = json.loads(text)
+        files: dict[str, dict[str, Any]] = checksums["files"]
+        if checksums["format"] != FORMAT_VERSION:
             return [
-                f"{CHECKSUMS_FILE}: the format is {listed['format']!r}, but this release reads "
+                f"{CHECKSUMS_FILE}: the format is {checksums['format']!r}, but this release reads "
                 f"{FORMAT_VERSION}"
             ]
         if _checksums_text(files) != text.decode():
@@ -151,11 +151,11 @@ def find_faults(folder: Path) -> list[str]:
         return [f"{CHECKSUMS_FILE}: {problem.message}"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         return [f"{CHECKSUMS_FILE} cannot be read: {first_line(problem)}"]
-    found = [
+    faults = [
         fault for name, expected in files.items() if (fault := _file_fault(folder, name, expected))
     ]
-    more = len(found) - MAX_FAULTS
-    return found if more <= 0 else [*found[:MAX_FAULTS], f"and {more} more"]
+    hidden = len(faults) - MAX_FAULTS
+    return faults if hidden <= 0 else [*faults[:MAX_FAULTS], f"and {hidden} more"]
 
 
 def _file_fault(folder: Path, name: str, expected: Any) -> str | None:
@@ -198,10 +198,10 @@ def is_intact(folder: Path) -> bool:
 def _folder_stamp(folder: Path) -> FolderStamp | None:
     """A value that changes when a file of ``folder`` changes."""
     try:
-        found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder)]
+        stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder)]
     except OSError:
         return None
-    return tuple(sorted((n, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in found))
+    return tuple(sorted((n, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in stats))
 
 
 def list_steps(run_dir: Path) -> list[int]:
@@ -234,24 +234,27 @@ def _is_toolkit_checkpoint(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in (CHECKSUMS_FILE, STATE_FILE))
 
 
-def check_world_size(folder: Path, replicas: int, size: int = 1) -> None:
+def check_world_size(folder: Path, replicas: int, processes_per_replica: int = 1) -> None:
     """Check that a run has as many processes as the run that wrote the checkpoint. A checkpoint
     stores the buffered rollouts and the states of the random generators of each process. If
-    processes share a model (``size`` processes per model), they have the same state and count as
-    one process (a replica). ``replicas`` is the number of replicas of this run.
+    processes share a model (``processes_per_replica`` processes per model), they have the same
+    state and count as one process (a replica). ``replicas`` is the number of replicas of this run.
 
     Raises:
         ConfigError: another number of processes wrote the checkpoint.
     """
-    then = read_state_value(folder, "world_size", int)
-    if then != replicas:
-        one, several = ("process", "processes") if size == 1 else ("replica", "replicas")
+    written_replicas = read_state_value(folder, "world_size", int)
+    if written_replicas != replicas:
+        singular, plural = (
+            ("process", "processes") if processes_per_replica == 1 else ("replica", "replicas")
+        )
         raise ConfigError(
-            f"the checkpoint was written by {then} {several if then > 1 else one}, but this run "
-            f"has {replicas}",
+            f"the checkpoint was written by {written_replicas} "
+            f"{plural if written_replicas > 1 else singular}, but this run has {replicas}",
             where=str(folder),
-            fix=f"start {then * size} processes (on one node: --nproc-per-node {then * size}), or "
-            "begin another run with --output-dir",
+            fix=f"start {written_replicas * processes_per_replica} processes (on one node: "
+            f"--nproc-per-node {written_replicas * processes_per_replica}), or begin another run "
+            "with --output-dir",
         )
 
 
@@ -287,12 +290,12 @@ def read_log_positions(folder: Path) -> tuple[dict[str, int], dict[str, str] | N
     Raises:
         InputError: another program wrote the checkpoint.
     """
-    kept = read_state_value(folder, "positions", dict)
+    positions = read_state_value(folder, "positions", dict)
     state = read_json(folder, STATE_FILE)
-    sums = state.get("log_sha256")
-    numbers = all(type(size) is int and size >= 0 for size in kept.values())
-    if numbers and (sums is None or isinstance(sums, dict)):
-        return kept, sums
+    digests = state.get("log_sha256")
+    all_valid = all(type(size) is int and size >= 0 for size in positions.values())
+    if all_valid and (digests is None or isinstance(digests, dict)):
+        return positions, digests
     raise InputError(
         "the file is not the state of a run: positions or log_sha256 has an impossible value",
         where=str(folder / STATE_FILE),

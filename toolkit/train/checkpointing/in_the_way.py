@@ -81,14 +81,14 @@ def _refuse_inputs(run_dir: Path, config: RunConfig) -> None:
     if (run_dir / BRANCH_FILE).exists():
         # The config.json of a run is a run file, too: it may be given to resume the run.
         del inputs["the run file"]
-    own = {run_dir / name for name in (*OUTPUT_FOLDERS, *APPENDED_FILES, *REPLACED_FILES)} | {
+    outputs = {run_dir / name for name in (*OUTPUT_FOLDERS, *APPENDED_FILES, *REPLACED_FILES)} | {
         run_dir
     }
     for key, text in inputs.items():
         path = Path(text) if text else None
         if path is None or not path.exists():
             continue
-        if {path.parent.resolve() / path.name, path.resolve()} & own:
+        if {path.parent.resolve() / path.name, path.resolve()} & outputs:
             raise ConfigError(
                 f"the run reads this path ({key}), but would overwrite it or files in it",
                 where=str(path),
@@ -148,9 +148,9 @@ def _describe_kind(mode: int) -> str:
     return "is a file" if stat.S_ISREG(mode) else file_type_fault(mode) or "is not a regular file"
 
 
-def _obstacle_error(path: Path, what: str, expected: str) -> ConfigError:
+def _obstacle_error(path: Path, found_kind: str, expected: str) -> ConfigError:
     return ConfigError(
-        f"the path {what}, but the run writes {expected} with this name",
+        f"the path {found_kind}, but the run writes {expected} with this name",
         where=str(path),
         fix="remove or rename this path, or set another folder with --output-dir",
     )

@@ -35,28 +35,32 @@ if TYPE_CHECKING:
 SPLIT_KEYS = (MICRO_BATCH, ACCUMULATION)
 
 
-def with_recorded(config: RunConfig, found: Path | None) -> RunConfig:
+def with_recorded(config: RunConfig, checkpoint_dir: Path | None) -> RunConfig:
     """If the micro-batch in ``config`` is "auto", return ``config`` with the micro-batch that was
-    recorded in the checkpoint ``found``. Otherwise return ``config`` unchanged.
+    recorded in the checkpoint ``checkpoint_dir``. Otherwise return ``config`` unchanged.
 
     If the user changed the number of completions per step, the recorded micro-batch cannot be used,
     and ``config`` is returned unchanged. A later check reports the change.
     """
-    if found is None or not is_auto(config.grpo):
+    if checkpoint_dir is None or not is_auto(config.grpo):
         return config
-    then = checkpoint.read_state_value(found, "run", dict)
-    cut = {key: then.get(f"grpo.{key}") for key in SPLIT_KEYS}
-    micro, accumulation = cut[MICRO_BATCH], cut[ACCUMULATION]
+    recorded = checkpoint.read_state_value(checkpoint_dir, "run", dict)
+    split = {key: recorded.get(f"grpo.{key}") for key in SPLIT_KEYS}
+    micro, accumulation = split[MICRO_BATCH], split[ACCUMULATION]
     # A checkpoint without ``pack_tokens`` comes from a version that split batches by rows. The
     # resumed run splits them in the same way.
-    tokens = then.get(PACK_TOKENS, config.runtime.pack_tokens)
+    pack_tokens = recorded.get(PACK_TOKENS, config.runtime.pack_tokens)
     if not isinstance(micro, int) or not isinstance(accumulation, int):
         return config
-    written = config.model.tensor_parallel_size
-    size = checkpoint.tensor_parallel_size_of(found) if written == "auto" else written
-    whole = micro * accumulation * parallel.count_replicas(world_size(), size)
-    same = whole == config.grpo.get(GENERATION_BATCH)
-    return _replace_micro_batch(config, cut, tokens) if same else config
+    configured_size = config.model.tensor_parallel_size
+    size = (
+        checkpoint.tensor_parallel_size_of(checkpoint_dir)
+        if configured_size == "auto"
+        else configured_size
+    )
+    generation_batch = micro * accumulation * parallel.count_replicas(world_size(), size)
+    is_unchanged = generation_batch == config.grpo.get(GENERATION_BATCH)
+    return _replace_micro_batch(config, split, pack_tokens) if is_unchanged else config
 
 
 def config_to_record(config: RunConfig, resolved: RunConfig) -> RunConfig:
@@ -76,23 +80,25 @@ def check_prompt_count(config: RunConfig, prompts: int, processes: int) -> None:
     Raises:
         ConfigError: there are too few prompts. The message has their number and the number needed.
     """
-    _, _, own = read_batch(config.grpo, 1, on_cpu=False, world_size=processes)
-    group = read_count(config.grpo, "num_generations")
-    needed = max(1, own * processes // group)
+    _, _, per_process = read_batch(config.grpo, 1, on_cpu=False, world_size=processes)
+    group_size = read_count(config.grpo, "num_generations")
+    needed = max(1, per_process * processes // group_size)
     if prompts >= needed:
         return
     raise ConfigError(
         f"the number of prompts is {prompts}, but one generation needs {needed}, so no step would "
-        f"run. A generation has {own * processes} completions ({own} in each of {processes} "
-        f"processes), {group} for each prompt",
+        f"run. A generation has {per_process * processes} completions ({per_process} in each of "
+        f"{processes} processes), {group_size} for each prompt",
         where=config.dataset.path,
-        fix=f"use at least {needed} prompts, or a generation batch of at most {prompts * group}"
-        " completions (grpo.per_device_train_batch_size x grpo.gradient_accumulation_steps x"
-        " processes)",
+        fix=f"use at least {needed} prompts, or a generation batch of at most "
+        f"{prompts * group_size} completions (grpo.per_device_train_batch_size x "
+        "grpo.gradient_accumulation_steps x processes)",
     )
 
 
-def _replace_micro_batch(config: RunConfig, cut: Mapping[str, Any], tokens: Any) -> RunConfig:
-    grpo = {**config.grpo, **{key: cut[key] for key in SPLIT_KEYS}}
-    runtime = replace(config.runtime, pack_tokens=tokens)
+def _replace_micro_batch(
+    config: RunConfig, split: Mapping[str, Any], pack_tokens: Any
+) -> RunConfig:
+    grpo = {**config.grpo, **{key: split[key] for key in SPLIT_KEYS}}
+    runtime = replace(config.runtime, pack_tokens=pack_tokens)
     return replace(config, grpo=MappingProxyType(grpo), runtime=runtime)

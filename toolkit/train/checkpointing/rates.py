@@ -53,24 +53,24 @@ def read_settings(trainer: Any) -> OptimizerSettings:
     return OptimizerSettings(groups, [float(rate) for rate in getattr(scheduler, "base_lrs", [])])
 
 
-def restore_settings(trainer: Any, wanted: OptimizerSettings) -> None:
-    """Restore the settings ``wanted`` after the state of a checkpoint was loaded. The next step
+def restore_settings(trainer: Any, saved: OptimizerSettings) -> None:
+    """Restore the settings ``saved`` after the state of a checkpoint was loaded. The next step
     then has the learning rate that the schedule of the run file gives for that step.
     """
     optimizer, scheduler = _unwrapped(trainer)
-    pairs = list(zip(optimizer.param_groups, wanted.groups, strict=True))
+    pairs = list(zip(optimizer.param_groups, saved.groups, strict=True))
     for group, settings in pairs:
         before, now = group.get("initial_lr"), settings.get("initial_lr")
         group.update(settings)
         if before and now is not None and before != now and not _has_lambdas(scheduler):
             group["lr"] *= now / before  # this schedule does not compute the rate from the step
-    if wanted.base_lrs:
-        scheduler.base_lrs = list(wanted.base_lrs)
+    if saved.base_lrs:
+        scheduler.base_lrs = list(saved.base_lrs)
     if _has_lambdas(scheduler):
         step = scheduler.last_epoch
         rates = [
-            base * one(step)
-            for base, one in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            base * factor_at(step)
+            for base, factor_at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         ]
         for (group, _), rate in zip(pairs, rates, strict=True):
             if hasattr(group["lr"], "fill_"):  # a tensor, which compiled optimizers keep

@@ -59,12 +59,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
 
     def _max_over_ranks(self, flag: int) -> int:
         """Return the largest value that ``flag`` has on any rank. Every rank must call this."""
-        if (shared := current_mesh()) is not None:
-            return shared.max_over_run(flag, self.accelerator.device)
+        if (mesh := current_mesh()) is not None:
+            return mesh.max_over_run(flag, self.accelerator.device)
         if self.accelerator.num_processes == 1:
             return flag
-        mine = torch.tensor([int(flag)], device=self.accelerator.device)
-        return int(self.accelerator.gather(mine).max())
+        local = torch.tensor([int(flag)], device=self.accelerator.device)
+        return int(self.accelerator.gather(local).max())
 
     @property
     def branch(self) -> Branch:
@@ -88,19 +88,19 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         """
         run_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True and self._stores_adapter() and list_steps(run_dir):
-            folder, passed = resume_point(run_dir, "must")
-            for line in passed:
+            folder, skipped = resume_point(run_dir, "must")
+            for line in skipped:
                 step_errors.logger.warning("skipped %s", line)
             resume_from_checkpoint = str(folder)
         if self.signals is None and self._stores_adapter():
             self._begin_branch(run_dir, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _begin_branch(self, run_dir: Path, found: Any) -> None:
+    def _begin_branch(self, run_dir: Path, resume_from: Any) -> None:
         """Choose the branch (a sequence of steps) to which new checkpoints belong. Only the trainer
         of a user's script calls this method, because ``toolkit train`` chooses the branch itself.
         """
-        source = Path(found) if isinstance(found, (str, Path)) else None
+        source = Path(resume_from) if isinstance(resume_from, (str, Path)) else None
         if source is not None and not trainer_state.is_toolkit_checkpoint(source):
             source = None
         elif source is not None:
@@ -119,8 +119,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.signals is not None:
             self.snapshot = trainer_state.take_snapshot(self)
-            alone = self.accelerator.num_processes == 1 and current_mesh() is None
-            if alone and self.signals.signal_number and self._saved_step == self.state.global_step:
+            is_only_process = self.accelerator.num_processes == 1 and current_mesh() is None
+            if (
+                is_only_process
+                and self.signals.signal_number
+                and self._saved_step == self.state.global_step
+            ):
                 # If a signal came while the checkpoint was written, stop at once.
                 self.is_stopping = self.control.should_training_stop = True
                 self.signals.begin_shutdown()
@@ -154,12 +158,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         """On the first rank, find the path to which the run folder was moved. Send this path to all
         ranks, which then use it.
         """
-        found = [None if self.run_dir_watch is None else self.run_dir_watch.current_path()]
+        paths = [None if self.run_dir_watch is None else self.run_dir_watch.current_path()]
         if (shared := current_mesh()) is not None:
-            found = [shared.broadcast_over_run(found[0])]
+            paths = [shared.broadcast_over_run(paths[0])]
         elif self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        self._moved_run_dir = found[0]
+            broadcast_object_list(paths)
+        self._moved_run_dir = paths[0]
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self.signals is None:
@@ -177,8 +181,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         """True if checkpoints have the toolkit's format. With full fine-tuning, DeepSpeed or FSDP,
         they have the format of transformers.
         """
-        adapted = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
-        return adapted and not self._sharded()
+        has_adapter = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+        return has_adapter and not self._sharded()
 
     def is_world_process_zero(self) -> bool:
         """Whether this process logs and saves. If processes share a model, only their first one
@@ -222,24 +226,24 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self._remove_old_checkpoints(self.run_dir, step)
         self.accelerator.wait_for_everyone()
 
-    def _remove_old_checkpoints(self, run_dir: Path, written: int) -> None:
+    def _remove_old_checkpoints(self, run_dir: Path, written_step: int) -> None:
         """Remove old checkpoints, as the limits of the user say. Three checkpoints are always kept:
-        the checkpoint of the step ``written``, the checkpoint from which the run resumed, and the
-        checkpoint at which its branch begins.
+        the checkpoint of the step ``written_step``, the checkpoint from which the run resumed, and
+        the checkpoint at which its branch begins.
         """
         keep_last = self.args.save_total_limit if self.keep_last is None else self.keep_last
-        kept = {
-            written,
+        kept_steps = {
+            written_step,
             self.branch.start_step,
             *trainer_state.best_steps(run_dir, self.keep_best, self.branch),
         }
         if self.resumed_from is not None:
-            kept.add(
+            kept_steps.add(
                 trainer_state.step_of(self.resumed_from) if self.resumed_from.is_dir() else None
             )
         if self.args.load_best_model_at_end:
-            kept.add(self.state.best_global_step)
-        steps = [step for step in kept if step is not None]
+            kept_steps.add(self.state.best_global_step)
+        steps = [step for step in kept_steps if step is not None]
         rotate_checkpoints(run_dir, steps, keep_last=keep_last or 0, branch=self.branch)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:

@@ -26,8 +26,8 @@ class RunDirWatch:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.journal: Journal | None = None
-        bad = path / BAD_REWARDS_FILE
-        self.bad_rewards_bytes = bad.stat().st_size if bad.is_file() else 0
+        bad_rewards = path / BAD_REWARDS_FILE
+        self.bad_rewards_bytes = bad_rewards.stat().st_size if bad_rewards.is_file() else 0
         """The size of bad_rewards.jsonl when this process started."""
         self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
@@ -54,11 +54,11 @@ class RunDirWatch:
         if self.is_in_place():
             return self.path
         try:
-            found = Path(f"/proc/self/fd/{self._handle}").readlink()
-            same = os.path.samestat(os.fstat(self._handle), found.stat())
+            path = Path(f"/proc/self/fd/{self._handle}").readlink()
+            is_same = os.path.samestat(os.fstat(self._handle), path.stat())
         except OSError:
             return None
-        return found if same else None
+        return path if is_same else None
 
     def is_unchanged(self) -> bool:
         """Whether the run folder is still at its path, and no other program has removed, replaced
@@ -70,27 +70,27 @@ class RunDirWatch:
         """Return the error for a run whose ``is_unchanged`` is false. Its message says what
         happened to the folder or the logs, and which checkpoint was saved.
         """
-        place = self.current_path()
-        steps = valid_steps(place) if place is not None else []
-        told = f"checkpoint-{steps[0]} was saved" if steps else "nothing was saved"
+        path = self.current_path()
+        steps = valid_steps(path) if path is not None else []
+        saved = f"checkpoint-{steps[0]} was saved" if steps else "nothing was saved"
         if self.is_in_place():
             names = " and ".join(self.journal.changed_logs() if self.journal is not None else [])
             return ConfigError(
                 f"{names} was removed, replaced or changed by another program during the run, so "
-                f"rows may be lost; {told}",
+                f"rows may be lost; {saved}",
                 where=str(self.path),
                 fix="run the same command again. The run then resumes from the last checkpoint and "
                 "begins a new log. Do not change the files of a run while it runs",
             )
-        if place is None:
+        if path is None:
             return ConfigError(
-                f"the run folder was removed during the run; {told}",
+                f"the run folder was removed during the run; {saved}",
                 where=str(self.path),
                 fix="start the run again. Do not move or remove its folder while it runs",
             )
         what = "was replaced by another folder" if self.path.exists() else "was moved"
         return ConfigError(
-            f"the run folder {what} during the run, and is now {place}; {told}",
+            f"the run folder {what} during the run, and is now {path}; {saved}",
             where=str(self.path),
-            fix=f"run the same command again with --output-dir {place}, or move the folder back",
+            fix=f"run the same command again with --output-dir {path}, or move the folder back",
         )

@@ -65,9 +65,9 @@ def lock_run_dir(run_dir: Path) -> Iterator[Path]:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         handle = os.open(run_dir / LOCK_FILE, flags, 0o644)
     except (OSError, ValueError) as problem:  # ValueError: a NUL character in the path
-        why = problem.strerror if isinstance(problem, OSError) else str(problem)
+        reason = problem.strerror if isinstance(problem, OSError) else str(problem)
         raise ConfigError(
-            f"the output folder cannot be written: {why}",
+            f"the output folder cannot be written: {reason}",
             where=str(run_dir),
             fix="set another runtime.output_dir (or --output-dir)",
         ) from problem
@@ -110,8 +110,8 @@ def fingerprint(config: RunConfig, data: Mapping[str, str]) -> dict[str, Any]:
     _flatten(as_mapping(config), "", flat)
     tokens = flat[PACK_TOKENS]
     # The number of tokens per pass changes the order of sums, so it must not change.
-    kept = {} if tokens == "auto" else {PACK_TOKENS: tokens}
-    return kept | {
+    pack_tokens = {} if tokens == "auto" else {PACK_TOKENS: tokens}
+    return pack_tokens | {
         key: value
         for key, value in flat.items()
         if not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE_KEYS)

@@ -27,21 +27,21 @@ def generator_states() -> tuple[dict[str, Any], Tensors]:
     """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    described = {
+    states = {
         "python": [version, list(words), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
     }
     tensors = {"generator.cpu": torch.random.get_rng_state()}
     if cuda_in_use():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()
-    return described, tensors
+    return states, tensors
 
 
-def restore_generators(described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+def restore_generators(states: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Restore the states that ``generator_states`` returned."""
-    version, words, gauss = described["python"]
+    version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = described["numpy"]
+    kind, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.random.set_rng_state(tensors["generator.cpu"])
     if "generator.cuda" in tensors and torch.cuda.is_available():
@@ -77,14 +77,14 @@ def flatten(value: Any, tensors: Tensors, path: str) -> Any:
 
 
 def unflatten(
-    described: Mapping[str, Any],
+    structure: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Return the value that ``flatten`` split into ``described`` (JSON) and ``tensors``. Tensors in
+    """Return the value that ``flatten`` split into ``structure`` (JSON) and ``tensors``. Tensors in
     the returned value are on ``device``.
     """
-    ((kind, inner),) = described.items()
+    ((kind, inner),) = structure.items()
     if kind == "tensor":
         return tensors[inner].to(device)
     if kind == "dict":
@@ -137,22 +137,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 def _convert_state(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
-    change: Callable[[torch.Tensor, Any], torch.Tensor],
+    convert: Callable[[torch.Tensor, Any], torch.Tensor],
 ) -> dict[str, Any]:
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
-    if not any(shard_of(one) for one in parameters):
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(shard_of(parameter) for parameter in parameters):
         return state
-    changed = {}
-    for number, held in state["state"].items():
-        like = parameters[number]
-        shapes = (like.shape, full_shape(like))
-        changed[number] = {
-            name: change(value, like)
+    converted = {}
+    for number, parameter_state in state["state"].items():
+        parameter = parameters[number]
+        shapes = (parameter.shape, full_shape(parameter))
+        converted[number] = {
+            name: convert(value, parameter)
             if isinstance(value, torch.Tensor) and value.shape in shapes
             else value
-            for name, value in held.items()
+            for name, value in parameter_state.items()
         }
-    return {**state, "state": changed}
+    return {**state, "state": converted}
 
 
 def copy_into_parameters(
@@ -197,13 +197,13 @@ def find_difference(
 
 
 def changed_keys(
-    now: Mapping[str, Any], then: Mapping[str, Any], allowed: Sequence[str]
+    current: Mapping[str, Any], recorded: Mapping[str, Any], allowed: Sequence[str]
 ) -> list[str]:
-    """Return the dotted keys whose values differ between the run ``now`` and the run ``then``. A
-    key is left out if ``allowed`` has the key or a section that contains it.
+    """Return the dotted keys whose values differ between the run ``current`` and the run
+    ``recorded``. A key is left out if ``allowed`` has the key or a section that contains it.
     """
-    keys = sorted(set(now) | set(then))
-    differing = [key for key in keys if now.get(key) != then.get(key)]
+    keys = sorted(set(current) | set(recorded))
+    differing = [key for key in keys if current.get(key) != recorded.get(key)]
     return [
         key
         for key in differing

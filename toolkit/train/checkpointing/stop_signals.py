@@ -33,7 +33,7 @@ def handled_signals() -> tuple[signal.Signals, ...]:
     ignored.
     """
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return tuple(one for one in SIGNALS if not (ignored and one == signal.SIGHUP))
+    return tuple(number for number in SIGNALS if not (ignored and number == signal.SIGHUP))
 
 
 class StopSignals:
@@ -63,7 +63,7 @@ class StopSignals:
         called inside the ``with`` block, that other object also ignores all later signals.
         """
         numbers = handled_signals()
-        before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
+        previous = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
         for number in numbers:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_alarm)
@@ -72,8 +72,8 @@ class StopSignals:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             if self._ended:
-                notify_shutdown(before.values())
-            for number, handler in before.items() if not self._ignored else ():
+                notify_shutdown(previous.values())
+            for number, handler in previous.items() if not self._ignored else ():
                 signal.signal(number, handler)
 
     def ignore_signals(self) -> None:
@@ -136,7 +136,7 @@ class StopSignals:
         del frame
         if self._ended:
             return
-        again = self.received is not None
+        is_repeated = self.received is not None
         self.received = self.received or signal.Signals(number).name
         if number == signal.SIGINT:
             self._interrupts += 1
@@ -144,7 +144,7 @@ class StopSignals:
                 # While loading, treat the second SIGINT like the first, whose exception may have
                 # been lost.
                 raise StepAbandoned(self.received) if self.stops_immediately else KeyboardInterrupt
-        if again:
+        if is_repeated:
             return
         if self.stops_immediately:
             raise StepAbandoned(self.received)

@@ -80,13 +80,17 @@ def open_run(
     finished = folder / "adapter"
     if step is None and (finished / "adapter_config.json").is_file():
         return FinishedRun(folder, config, finished, None)
-    found = (
+    checkpoint_dir = (
         checkpoint.path_of(folder, step)
         if step is not None
         else branch.latest_checkpoint(folder)[0]
     )
-    if found is not None and found.is_dir() and checkpoint.is_intact(found):
-        return FinishedRun(folder, config, None, found)
+    if (
+        checkpoint_dir is not None
+        and checkpoint_dir.is_dir()
+        and checkpoint.is_intact(checkpoint_dir)
+    ):
+        return FinishedRun(folder, config, None, checkpoint_dir)
     raise ConfigValueError(
         "has neither an intact checkpoint nor a finished adapter yet"
         if step is None
@@ -140,21 +144,21 @@ def load_checkpoint_adapter(model: Any, folder: Path) -> None:
     )
 
 
-def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = "auto") -> Path:
-    """Write the run's adapter to ``to``, as a PEFT folder with the tokenizer. With ``merge``, write
-    the base model with the adapter merged into it, which plain transformers can load. Return the
-    path.
+def export_run(run: FinishedRun, target: Path, *, merge: bool = False, dtype: str = "auto") -> Path:
+    """Write the run's adapter to ``target``, as a PEFT folder with the tokenizer. With ``merge``,
+    write the base model with the adapter merged into it, which plain transformers can load. Return
+    the path.
 
     Raises:
-        ConfigValueError: ``to`` is not empty.
-        InputError: ``to`` cannot be written.
+        ConfigValueError: ``target`` is not empty.
+        InputError: ``target`` cannot be written.
     """
     from toolkit.policy.from_config import make_load_request  # noqa: PLC0415
     from toolkit.policy.merged_export import check_empty, merge_adapter, write_adapter  # noqa: PLC0415
     from toolkit.policy.model_files import find_checkpoint  # noqa: PLC0415 - loads torch
     from toolkit.policy.saved_adapter import read_adapter  # noqa: PLC0415
 
-    check_empty(to)
+    check_empty(target)
     config = with_engine(run.config, "transformers")
     base = find_checkpoint(config.model.model_name, revision=config.model.revision)
     with tempfile.TemporaryDirectory() as scratch:
@@ -164,8 +168,8 @@ def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = 
             folder = model.save_lora(Path(scratch) / "adapter")
         adapter = read_adapter(folder)
         if merge:
-            return merge_adapter(base, adapter, make_load_request(config), to, dtype=dtype)
-        return write_adapter(base, adapter, to)
+            return merge_adapter(base, adapter, make_load_request(config), target, dtype=dtype)
+        return write_adapter(base, adapter, target)
 
 
 def generate_completions(
@@ -198,11 +202,11 @@ def generate_completions(
         raise ConfigValueError(
             "the tokenizer has no chat template", where=str(run.folder), fix="use --plain"
         )
-    given = [format_prompt(prompt, run.config.dataset.system, chat=chat) for prompt in prompts]
-    ids = token_ids(given, tokenizer, run.config.grpo.get("chat_template_kwargs"))
+    formatted = [format_prompt(prompt, run.config.dataset.system, chat=chat) for prompt in prompts]
+    ids = token_ids(formatted, tokenizer, run.config.grpo.get("chat_template_kwargs"))
     try:
-        chosen = {"lora_request": None} if base else {}
-        answers = model.fast_generate(ids, **options, **chosen)
+        adapter_option = {"lora_request": None} if base else {}
+        answers = model.fast_generate(ids, **options, **adapter_option)
         return [[output.text for output in answer.outputs] for answer in answers]
     finally:
         if model.toolkit_engine is not None:
@@ -218,5 +222,9 @@ def trained_on_chats(run: FinishedRun, *, has_template: bool) -> bool:
     recorded = run.config.dataset.chat
     if isinstance(recorded, bool):
         return recorded
-    was = run_used_chats(run.folder)
-    return (has_template and run.config.dataset.system is not None) if was is None else was
+    used_chats = run_used_chats(run.folder)
+    return (
+        (has_template and run.config.dataset.system is not None)
+        if used_chats is None
+        else used_chats
+    )

@@ -77,18 +77,18 @@ def take_snapshot(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> 
     """Return a snapshot of ``trainer``. Buffered rollouts are not copied, so a snapshot costs
     little time and memory.
     """
-    described, tensors = generator_states()
+    states, tensors = generator_states()
     state = copy.copy(trainer.state)
     state.log_history = list(state.log_history)
     state.total_flos += trainer.current_flos
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
     # Rollouts that the next step does not read are not stored.
-    spent = trainer.micro_steps % generate_every == 0
+    is_used_up = trainer.micro_steps % generate_every == 0
     return TrainerSnapshot(
         hf_state=state,
         counters={name: getattr(trainer, name) for name in COUNTERS},
-        rollout_buffer=None if spent else trainer.rollout_buffer,
-        generator_states=described,
+        rollout_buffer=None if is_used_up else trainer.rollout_buffer,
+        generator_states=states,
         generator_tensors=tensors,
         log_positions=trainer.journal.positions() if trainer.journal is not None else {},
         log_sha256=trainer.journal.digests() if trainer.journal is not None else {},
@@ -105,15 +105,15 @@ def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> No
     adapter = model.active_adapter
     config = model.peft_config[adapter]
     config.save_pretrained(str(folder))
-    described = json.loads((folder / "adapter_config.json").read_text())
-    for key, value in described.items():
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    for key, value in settings.items():
         # PEFT writes sets in hash order, which varies.
-        described[key] = (
+        settings[key] = (
             sorted(value) if isinstance(value, list) and key != "rank_pattern" else value
         )
-    described["inference_mode"] = True
+    settings["inference_mode"] = True
     write_file(
-        folder / "adapter_config.json", json.dumps(described, indent=2, sort_keys=True) + "\n"
+        folder / "adapter_config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n"
     )
     stored = trainable_parameters(model) if tensors is None else tensors
     stored = {name: p.detach().cpu().contiguous() for name, p in stored.items()}
@@ -130,12 +130,16 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
     accelerator = trainer.accelerator
     step = snapshot.hf_state.global_step
     partial = checkpoint.partial_path_of(run_dir, step)
-    model, first, shared = accelerator.unwrap_model(trainer.model), is_first_rank(), current_mesh()
+    model, is_first, shared = (
+        accelerator.unwrap_model(trainer.model),
+        is_first_rank(),
+        current_mesh(),
+    )
     try:
         # Every process sends its part, and the first process writes the files.
         adapter = gather_trainable(model)
         state = optimizer_state(_unwrapped(trainer.optimizer))
-        if first:
+        if is_first:
             if trainer.journal is not None:
                 trainer.journal.sync()  # the logs must have every row that the checkpoint records
             checkpoint.begin(run_dir, step)
@@ -145,14 +149,16 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
         if shared is None or shared.is_first:
             _save_rank(snapshot, partial, accelerator.process_index)
         accelerator.wait_for_everyone()
-        folder = checkpoint.commit(partial, step) if first else None
+        folder = checkpoint.commit(partial, step) if is_first else None
     except Exception as error:
         # Before ``disk.to_toolkit_error``, which reports the free space.
         shutil.rmtree(partial, ignore_errors=True)
-        known = disk.to_toolkit_error(error, run_dir, needed=_estimate_bytes(trainer, snapshot))
-        if known is None or known is error:
+        user_error = disk.to_toolkit_error(
+            error, run_dir, needed=_estimate_bytes(trainer, snapshot)
+        )
+        if user_error is None or user_error is error:
             raise
-        raise known from error
+        raise user_error from error
     accelerator.wait_for_everyone()
     return folder
 
@@ -163,15 +169,17 @@ def _estimate_bytes(trainer: TrainerSeam, snapshot: TrainerSnapshot) -> int:
     """
     tensors: Tensors = {}
     flatten(_unwrapped(trainer.optimizer).state_dict(), tensors, "optimizer")
-    shared = [
+    shared_tensors = [
         *tensors.values(),
         *trainable_parameters(trainer.accelerator.unwrap_model(trainer.model)).values(),
     ]
-    own: Tensors = dict(snapshot.generator_tensors)
-    flatten(snapshot.rollout_buffer, own, "buffered")
-    flatten(snapshot.curriculum, own, "choice")
+    rank_tensors: Tensors = dict(snapshot.generator_tensors)
+    flatten(snapshot.rollout_buffer, rank_tensors, "buffered")
+    flatten(snapshot.curriculum, rank_tensors, "choice")
     processes: int = trainer.accelerator.num_processes
-    return sum(t.nbytes for t in shared) + processes * sum(t.nbytes for t in own.values())
+    return sum(t.nbytes for t in shared_tensors) + processes * sum(
+        t.nbytes for t in rank_tensors.values()
+    )
 
 
 def _save_shared(
@@ -183,7 +191,7 @@ def _save_shared(
     optimizer = flatten(state, tensors, "optimizer")
     save_file(tensors, str(folder / OPTIMIZER_FILE))
     scaler = getattr(trainer.accelerator, "scaler", None)
-    described = {
+    content = {
         "toolkit": __version__,
         "run": dict(trainer.fingerprint),
         "branch": trainer.branch.to_json(),
@@ -198,19 +206,19 @@ def _save_shared(
         "scheduler": flatten(trainer.lr_scheduler.state_dict(), {}, "scheduler"),
         "scaler": None if scaler is None else flatten(scaler.state_dict(), {}, "scaler"),
     }
-    write_file(folder / STATE_FILE, json.dumps(described, indent=1) + "\n")
+    write_file(folder / STATE_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def _save_rank(snapshot: TrainerSnapshot, folder: Path, rank: int) -> None:
     tensors = dict(snapshot.generator_tensors)
-    described = {
+    state = {
         "generators": snapshot.generator_states,
         "buffered": flatten(snapshot.rollout_buffer, tensors, "buffered"),
     }
     if snapshot.curriculum is not None:
-        described["choice"] = flatten(snapshot.curriculum, tensors, "choice")
+        state["choice"] = flatten(snapshot.curriculum, tensors, "choice")
     save_file(tensors, str(folder / f"rank-{rank}.safetensors"))
-    write_file(folder / f"rank-{rank}.json", json.dumps(described) + "\n")
+    write_file(folder / f"rank-{rank}.json", json.dumps(state) + "\n")
 
 
 def check_checkpoint(trainer: TrainerSeam, folder: Path) -> None:
@@ -221,9 +229,9 @@ def check_checkpoint(trainer: TrainerSeam, folder: Path) -> None:
         ConfigError: the checkpoint is damaged, or another number of processes wrote it.
         InputError: another program or release wrote the state.
     """
-    if found := checkpoint.find_faults(folder):
+    if faults := checkpoint.find_faults(folder):
         raise ConfigError(
-            f"the checkpoint is damaged: {'; '.join(found)}",
+            f"the checkpoint is damaged: {'; '.join(faults)}",
             where=str(folder),
             fix=(
                 "set runtime.resume to an earlier checkpoint, or to auto for the latest valid one"
@@ -251,32 +259,32 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
     InputError if its state is unusable.
     """
     with _state_errors_translated(folder):
-        described = checkpoint.read_json(folder, STATE_FILE)
+        state = checkpoint.read_json(folder, STATE_FILE)
         tensors = _read_tensors(folder / OPTIMIZER_FILE)
-        wanted = rates.read_settings(trainer)
-        load_optimizer(_unwrapped(trainer.optimizer), unflatten(described["optimizer"], tensors))
-        trainer.lr_scheduler.load_state_dict(unflatten(described["scheduler"], {}))
-        rates.restore_settings(trainer, wanted)
+        settings = rates.read_settings(trainer)
+        load_optimizer(_unwrapped(trainer.optimizer), unflatten(state["optimizer"], tensors))
+        trainer.lr_scheduler.load_state_dict(unflatten(state["scheduler"], {}))
+        rates.restore_settings(trainer, settings)
         scaler = getattr(trainer.accelerator, "scaler", None)
-        if scaler is not None and described["scaler"] is not None:
-            scaler.load_state_dict(unflatten(described["scaler"], {}))
+        if scaler is not None and state["scaler"] is not None:
+            scaler.load_state_dict(unflatten(state["scaler"], {}))
         for name in COUNTERS:
-            setattr(trainer, name, described["counters"][name])
-        rank, rank_tensors = _read_rank(trainer, folder)
+            setattr(trainer, name, state["counters"][name])
+        rank_state, rank_tensors = _read_rank(trainer, folder)
         device = trainer.accelerator.device
-        trainer.rollout_buffer = unflatten(rank["buffered"], rank_tensors, device)
-        if "choice" in rank:
-            trainer.prompt_choice.load(unflatten(rank["choice"], rank_tensors))
+        trainer.rollout_buffer = unflatten(rank_state["buffered"], rank_tensors, device)
+        if "choice" in rank_state:
+            trainer.prompt_choice.load(unflatten(rank_state["choice"], rank_tensors))
         # The held-out data may have been removed from the run file since.
-        pending = described["pending_evaluation"] is True
+        pending = state["pending_evaluation"] is True
         trainer.pending_evaluation = pending and trainer.eval_dataset is not None
 
 
 def load_generators(trainer: TrainerSeam, folder: Path) -> None:
     """Restore the random generators of this rank. Raises InputError if their state is unusable."""
     with _state_errors_translated(folder):
-        rank, tensors = _read_rank(trainer, folder)
-        restore_generators(rank["generators"], tensors)
+        rank_state, tensors = _read_rank(trainer, folder)
+        restore_generators(rank_state["generators"], tensors)
 
 
 @contextmanager
@@ -304,8 +312,11 @@ def is_toolkit_checkpoint(folder: Path) -> bool:
     """Return True if the toolkit wrote the checkpoint, even if the checkpoint is damaged. Return
     False for a checkpoint of plain transformers.
     """
-    ours = (checkpoint.CHECKSUMS_FILE, STATE_FILE)
-    return any((folder / name).exists() for name in ours) or not (folder / "optimizer.pt").exists()
+    toolkit_files = (checkpoint.CHECKSUMS_FILE, STATE_FILE)
+    return (
+        any((folder / name).exists() for name in toolkit_files)
+        or not (folder / "optimizer.pt").exists()
+    )
 
 
 def best_steps(run_dir: Path, count: int, branch: Branch | None = None) -> list[int]:
@@ -358,5 +369,5 @@ def _read_tensors(file: Path) -> Tensors:
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer without accelerate's wrapper."""
-    found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return found
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner

@@ -36,10 +36,12 @@ class Rows(NamedTuple):
 
 
 def table_from_rows(
-    rows: list[dict[str, Any]], location: Callable[[int], str], names: list[str] | None = None
+    rows: list[dict[str, Any]],
+    location: Callable[[int], str],
+    column_names: list[str] | None = None,
 ) -> Rows:
     """Convert rows to columns. A key that a row does not have gets the value null in this row."""
-    keys = dict.fromkeys(names or (key for row in rows for key in row))
+    keys = dict.fromkeys(column_names or (key for row in rows for key in row))
     if fault := column_names_fault(keys):
         first = next((i for i, row in enumerate(rows) if column_names_fault(row)), 0)
         raise_data_error(location(first), fault)
@@ -78,24 +80,24 @@ def _maps_to_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Convert the maps of a column to lists of {key, value}, because a Dataset cannot have a map
     column.
     """
-    kind = column.type
-    item = pa.struct([("key", kind.key_type), ("value", kind.item_type)])
+    map_type = column.type
+    entry_type = pa.struct([("key", map_type.key_type), ("value", map_type.item_type)])
     rows = [
         None if row is None else [{"key": key, "value": value} for key, value in row]
         for row in column.to_pylist()
     ]
-    return pa.chunked_array([pa.array(rows, type=pa.list_(item))])
+    return pa.chunked_array([pa.array(rows, type=pa.list_(entry_type))])
 
 
-def _field_name_with_nul(kind: pa.DataType) -> str | None:
-    """Return the first field name inside the type ``kind`` that contains a NUL character; None if
-    there is no such name.
+def _field_name_with_nul(arrow_type: pa.DataType) -> str | None:
+    """Return the first field name inside the type ``arrow_type`` that contains a NUL character;
+    None if there is no such name.
     """
-    for index in range(kind.num_fields):
-        field = kind.field(index)
-        found = field.name if "\0" in field.name else _field_name_with_nul(field.type)
-        if found is not None:
-            return found
+    for index in range(arrow_type.num_fields):
+        field = arrow_type.field(index)
+        name = field.name if "\0" in field.name else _field_name_with_nul(field.type)
+        if name is not None:
+            return name
     return None
 
 
@@ -125,14 +127,17 @@ def _check_types(table: pa.Table, path: Path) -> None:
             ) from None
 
 
-def _nesting_depth(kind: pa.DataType, most: int) -> int:
+def _nesting_depth(arrow_type: pa.DataType, max_depth: int) -> int:
     """Return how many levels of lists or objects a type has: 0 for a number or a text. The result
-    is at most ``most`` + 1, because deeper levels are not counted.
+    is at most ``max_depth`` + 1, because deeper levels are not counted.
     """
-    if most < 0 or not pa.types.is_nested(kind):
+    if max_depth < 0 or not pa.types.is_nested(arrow_type):
         return 0
-    inner = (_nesting_depth(kind.field(index).type, most - 1) for index in range(kind.num_fields))
-    return 1 + max(inner, default=0)
+    inner_depths = (
+        _nesting_depth(arrow_type.field(index).type, max_depth - 1)
+        for index in range(arrow_type.num_fields)
+    )
+    return 1 + max(inner_depths, default=0)
 
 
 def copy_to_memory(table: pa.Table) -> pa.Table:
@@ -162,19 +167,19 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def as_dataset(table: pa.Table, chats: str | None) -> datasets.Dataset:
-    """Return ``table`` as a Dataset for the trainer. ``chats`` is the name of the column with
+def as_dataset(table: pa.Table, chat_column: str | None) -> datasets.Dataset:
+    """Return ``table`` as a Dataset for the trainer. ``chat_column`` is the name of the column with
     chats; None if all prompts are texts. Whenever a row is read, ``without_nulls`` removes the
     nulls from the messages in this column.
     """
     dataset = datasets.Dataset(table)
-    if chats is None or without_nulls(first := table[chats].to_pylist()) == first:
+    if chat_column is None or without_nulls(first := table[chat_column].to_pylist()) == first:
         return dataset
 
-    def rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {key: without_nulls(v) if key == chats else v for key, v in batch.items()}
+    def remove_nulls(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {key: without_nulls(v) if key == chat_column else v for key, v in batch.items()}
 
-    return dataset.with_transform(rows)
+    return dataset.with_transform(remove_nulls)
 
 
 def _build_column(name: str, values: list[Any], location: Callable[[int], str]) -> pa.Array:
@@ -198,22 +203,22 @@ def _index_of_misfit(values: list[Any]) -> int:
     """Return the index of the first value whose type differs from the type of the values before it.
     The index is found by bisection.
     """
-    fits, fails = 0, len(values)  # values[:fits] convert, values[:fails] do not
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
+    convertible, failing = 0, len(values)  # values[:fits] convert, values[:fails] do not
+    while failing - convertible > 1:
+        middle = (convertible + failing) // 2
         try:
             pa.array(values[:middle])
-            fits = middle
+            convertible = middle
         except (*_TYPE_ERRORS, UnicodeEncodeError):
-            fails = middle
-    return fails - 1
+            failing = middle
+    return failing - 1
 
 
-def raise_data_error(where: str, what: str) -> NoReturn:
+def raise_data_error(where: str, problem: str) -> NoReturn:
     """Raise an InputError for a data file with invalid content. ``where`` is the place in the file,
-    and ``what`` is the fault.
+    and ``problem`` is the fault.
     """
-    raise InputError(what, where=where, fix="correct this row or file, or remove it")
+    raise InputError(problem, where=where, fix="correct this row or file, or remove it")
 
 
 def _has_surrogate(value: Any) -> bool:

@@ -26,14 +26,16 @@ if TYPE_CHECKING:
 CHAT_KEY = "dataset.chat"
 
 
-def with_recorded(config: RunConfig, found: Path | None) -> RunConfig:
+def with_recorded(config: RunConfig, checkpoint_dir: Path | None) -> RunConfig:
     """If ``dataset.chat`` is "auto", return ``config`` with the chat format that the checkpoint
-    ``found`` records. Otherwise return ``config`` unchanged.
+    ``checkpoint_dir`` records. Otherwise return ``config`` unchanged.
     """
-    if found is None or config.dataset.chat != "auto":
+    if checkpoint_dir is None or config.dataset.chat != "auto":
         return config
-    then = with_chat_key(checkpoint.read_state_value(found, "run", dict), found)
-    return config if then[CHAT_KEY] is None else _replace_chat(config, then[CHAT_KEY])
+    recorded = with_chat_key(
+        checkpoint.read_state_value(checkpoint_dir, "run", dict), checkpoint_dir
+    )
+    return config if recorded[CHAT_KEY] is None else _replace_chat(config, recorded[CHAT_KEY])
 
 
 def config_to_record(config: RunConfig, resolved: RunConfig) -> RunConfig:
@@ -44,20 +46,20 @@ def config_to_record(config: RunConfig, resolved: RunConfig) -> RunConfig:
     return _replace_chat(config, resolved.dataset.chat)
 
 
-def with_chat_key(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
-    """Return the config values that the checkpoint ``found`` recorded (``then``). If they have no
-    value for ``dataset.chat``, add one.
+def with_chat_key(recorded: Mapping[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
+    """Return the config values that the checkpoint ``checkpoint_dir`` recorded (``recorded``). If
+    they have no value for ``dataset.chat``, add one.
 
     Checkpoints of older versions have no such value. It is then read from the first completion in
     the log of the run: true if the prompt is a chat, else false. If the log has no completion, the
     value is None (unknown) if ``dataset.system`` was set, else false.
     """
-    if then.get(CHAT_KEY) is not None:
-        return dict(then)
-    was = run_used_chats(found.parent)
-    if was is None:
-        was = None if then.get("dataset.system") else False
-    return {**then, CHAT_KEY: was}
+    if recorded.get(CHAT_KEY) is not None:
+        return dict(recorded)
+    used_chats = run_used_chats(checkpoint_dir.parent)
+    if used_chats is None:
+        used_chats = None if recorded.get("dataset.system") else False
+    return {**recorded, CHAT_KEY: used_chats}
 
 
 def run_used_chats(run_dir: Path) -> bool | None:

@@ -35,15 +35,15 @@ def parse_prompts(values: list[Any]) -> tuple[list[Any], list[str]]:
     chats = {text: chat for text in texts if (chat := parse_chat(text)) is not None}
     if not chats:
         return [without_nulls(value) for value in values], []
-    written = sum(text in chats for text in texts)
-    if written < len(texts):
+    chat_count = sum(text in chats for text in texts)
+    if chat_count < len(texts):
         note = (
-            f"{written} of {len(texts)} prompts are chats written as JSON text, the others are "
+            f"{chat_count} of {len(texts)} prompts are chats written as JSON text, the others are "
             "not: all prompts are used as plain texts"
         )
         return values, [note]
-    found = [chats.get(value, value) if isinstance(value, str) else value for value in values]
-    return found, ["the prompts are chats written as JSON text: they were read as chats"]
+    prompts = [chats.get(value, value) if isinstance(value, str) else value for value in values]
+    return prompts, ["the prompts are chats written as JSON text: they were read as chats"]
 
 
 def clean_answers(column: pa.ChunkedArray, name: str, path: str) -> tuple[pa.ChunkedArray, int]:
@@ -64,15 +64,15 @@ def clean_answers(column: pa.ChunkedArray, name: str, path: str) -> tuple[pa.Chu
     return column, column.null_count
 
 
-def missing_answers_note(missing: int, rows: int) -> list[str]:
+def missing_answers_note(missing_count: int, row_count: int) -> list[str]:
     """Return a list with a line for the report that says how many answers are missing. The list is
     empty if no answer is missing.
     """
-    if not missing:
+    if not missing_count:
         return []
-    verb = "has" if missing == 1 else "have"
-    what = f"{missing} of {plural(rows, 'row')} {verb} no answer (null)"
-    return [f"{what}: rewards that compare with the answer do not score them"]
+    verb = "has" if missing_count == 1 else "have"
+    summary = f"{missing_count} of {plural(row_count, 'row')} {verb} no answer (null)"
+    return [f"{summary}: rewards that compare with the answer do not score them"]
 
 
 def left_out_columns(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
@@ -94,11 +94,13 @@ def pretruncate_prompts(tokenizer: Any, prompts: list[Prompt], limit: int | None
     """
     if limit is None or all(_count_characters(prompt) <= MIN_CHARACTERS for prompt in prompts):
         return prompts
-    longest = max(map(len, tokenizer.get_vocab()), default=1)
-    each = min(max(longest, MIN_CHARACTERS_PER_TOKEN), MAX_CHARACTERS_PER_TOKEN)
-    most = max(MIN_CHARACTERS, (limit + 1) * each)
+    longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+    per_token = min(max(longest_token, MIN_CHARACTERS_PER_TOKEN), MAX_CHARACTERS_PER_TOKEN)
+    max_characters = max(MIN_CHARACTERS, (limit + 1) * per_token)
     return [
-        _last_characters(prompt, most) if _count_characters(prompt) > most else prompt
+        _last_characters(prompt, max_characters)
+        if _count_characters(prompt) > max_characters
+        else prompt
         for prompt in prompts
     ]
 
@@ -111,18 +113,18 @@ def _count_characters(prompt: Prompt) -> int:
     )
 
 
-def _last_characters(prompt: Prompt, most: int) -> Prompt:
-    """Return the last ``most`` characters of a prompt. In a chat, the system message is kept in
-    addition.
+def _last_characters(prompt: Prompt, max_characters: int) -> Prompt:
+    """Return the last ``max_characters`` characters of a prompt. In a chat, the system message is
+    kept in addition.
     """
     if isinstance(prompt, str):
-        return prompt[-most:]
-    kept: list[dict[str, Any]] = []
-    left = most
+        return prompt[-max_characters:]
+    messages: list[dict[str, Any]] = []
+    remaining = max_characters
     for message in reversed(prompt):
         text = message.get("content")
         if isinstance(text, str) and message["role"] not in ("system", "developer"):
-            message = {**message, "content": text[-left:] if left else ""}
-            left -= min(left, len(text))
-        kept.append(message)
-    return kept[::-1]
+            message = {**message, "content": text[-remaining:] if remaining else ""}
+            remaining -= min(remaining, len(text))
+        messages.append(message)
+    return messages[::-1]

@@ -61,19 +61,19 @@ class SplitReport:
         summary = f"{self.used} {kind} from {self.source}"
         if self.wrapped:
             summary += "; each text becomes a user message of the chat template (dataset.chat)"
-        found = [summary]
+        lines = [summary]
         if self.empty:
-            found.append(f"{self.empty} of {self.rows} rows have no prompt and were left out")
+            lines.append(f"{self.empty} of {self.rows} rows have no prompt and were left out")
         if self.duplicates:
-            found.append(
+            lines.append(
                 f"{self.duplicates} prompts are duplicates of earlier prompts and were kept"
             )
         if self.truncated:
-            found.append(
+            lines.append(
                 f"{self.truncated} prompts were longer than grpo.max_prompt_length: their first "
                 f"tokens were removed (the longest had {self.longest_tokens} tokens)"
             )
-        return [*found, *self.notes]
+        return [*lines, *self.notes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +114,13 @@ def load_data(
     max_prompt_length: int | None = None,
     template: TemplateArguments = None,
     environment: EnvironmentSection | None = None,
-    make: Callable[..., list[Row]] | None = None,
+    make_problems: Callable[..., list[Row]] | None = None,
 ) -> Data:
     """Read, check and prepare the training split and, if ``section`` has one, the held-out split.
 
-    With an ``environment``, the function ``make(seed=, size=, start=)`` creates the problems of
-    both splits (see rewards/problems). Then only the keys ``system`` and ``chat`` of ``section``
-    are used.
+    With an ``environment``, the function ``make_problems(seed=, size=, start=)`` creates the
+    problems of both splits (see rewards/problems). Then only the keys ``system`` and ``chat`` of
+    ``section`` are used.
 
     If a prompt has more than ``max_prompt_length`` tokens, its first tokens are removed. Special
     tokens and the tokens of the chat template are counted too. ``template`` is
@@ -132,16 +132,19 @@ def load_data(
         RetryError: the hub does not answer.
     """
     if environment is not None:
-        assert make is not None
+        assert make_problems is not None
         return _load_environment_data(
-            section, environment, make, TokenizeOptions(tokenizer, max_prompt_length, template)
+            section,
+            environment,
+            make_problems,
+            TokenizeOptions(tokenizer, max_prompt_length, template),
         )
     if section.path is None:
         raise ConfigError(NO_DATA, where="dataset.path")
-    rendering = TokenizeOptions(tokenizer, max_prompt_length, template)
+    options = TokenizeOptions(tokenizer, max_prompt_length, template)
     with _prefix_error_location("dataset.path"):
         source = (section.path, section.split, section.limit)
-        train, train_report = _load_split(section, rendering, source)
+        train, train_report = _load_split(section, options, source)
     if section.eval_path is None and section.eval_split is None:
         return Data(train=train, eval=None, report=DataReport(train=train_report))
     held_out = (
@@ -152,38 +155,40 @@ def load_data(
     with _prefix_error_location(
         "dataset.eval_path" if section.eval_path is not None else "dataset.eval_split"
     ):
-        evaluated, eval_report = _load_split(section, rendering, held_out)
+        held_out_split, eval_report = _load_split(section, options, held_out)
     report = DataReport(train=train_report, eval=eval_report)
-    return Data(train=train, eval=evaluated, report=report)
+    return Data(train=train, eval=held_out_split, report=report)
 
 
 def _load_environment_data(
     section: DatasetSection,
     environment: EnvironmentSection,
-    make: Callable[..., list[Row]],
-    rendering: TokenizeOptions,
+    make_problems: Callable[..., list[Row]],
+    options: TokenizeOptions,
 ) -> Data:
     section = replace(section, prompt="prompt", answer="answer")
 
     def split(seed: int, size: int, start: int = 0) -> tuple[datasets.Dataset, SplitReport]:
-        made = make(seed=seed, size=size, start=start)
-        known = section if "answer" in made[0] else replace(section, answer=None)
+        problems = make_problems(seed=seed, size=size, start=start)
+        columns = section if "answer" in problems[0] else replace(section, answer=None)
         name = f"{environment.adapter}:{environment.task}"
-        rows = table_from_rows(made, lambda index: f"{name} problem {index}")
-        digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-        return _prepare_split(known, rendering, name, (rows, f"sha256:{digest}"))
+        rows = table_from_rows(problems, lambda index: f"{name} problem {index}")
+        digest = hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()
+        return _prepare_split(columns, options, name, (rows, f"sha256:{digest}"))
 
     train, train_report = split(environment.seed, environment.size)
     if environment.eval_size is None:
         return Data(train=train, eval=None, report=DataReport(train=train_report))
     if environment.adapter == "verifiers":  # held-out tasks follow the training tasks in one list
-        evaluated, eval_report = split(environment.seed, environment.eval_size, environment.size)
+        held_out_split, eval_report = split(
+            environment.seed, environment.eval_size, environment.size
+        )
     else:
         # A seed far from the training seeds, because problem i of a task is made from seed + i.
         held_out = (environment.seed + HELD_OUT_SEED_OFFSET) % 2**32
-        evaluated, eval_report = split(held_out, environment.eval_size)
+        held_out_split, eval_report = split(held_out, environment.eval_size)
     return Data(
-        train=train, eval=evaluated, report=DataReport(train=train_report, eval=eval_report)
+        train=train, eval=held_out_split, report=DataReport(train=train_report, eval=eval_report)
     )
 
 
@@ -210,31 +215,33 @@ class TokenizeOptions(NamedTuple):
 
 
 def _load_split(
-    section: DatasetSection, rendering: TokenizeOptions, where: tuple[str, str, int | None]
+    section: DatasetSection, options: TokenizeOptions, source: tuple[str, str, int | None]
 ) -> tuple[datasets.Dataset, SplitReport]:
-    path, split, limit = where
-    found = read_source(
+    path, split, limit = source
+    rows_and_digest = read_source(
         path, split=split, name=section.name, revision=section.revision, limit=limit
     )
-    return _prepare_split(section, rendering, path, found)
+    return _prepare_split(section, options, path, rows_and_digest)
 
 
 def _prepare_split(
-    section: DatasetSection, rendering: TokenizeOptions, path: str, source: tuple[Rows, str]
+    section: DatasetSection, options: TokenizeOptions, path: str, rows_and_digest: tuple[Rows, str]
 ) -> tuple[datasets.Dataset, SplitReport]:
-    rows, digest = source
+    rows, digest = rows_and_digest
     if not len(rows.table):
         raise ConfigError("the dataset is empty: it has no rows", where=path)
     for key in ("prompt", "answer"):
         _check_column(rows.table, path, key, getattr(section, key))
-    found, read_as = data_checks.parse_prompts(rows.table[section.prompt].to_pylist())
-    is_chat = prompt_format.check_prompts(found, section.prompt, rows.location)
-    kept = [index for index, prompt in enumerate(found) if not prompt_format.is_empty(prompt)]
-    if not kept:
+    values, prompt_notes = data_checks.parse_prompts(rows.table[section.prompt].to_pylist())
+    is_chat = prompt_format.check_prompts(values, section.prompt, rows.location)
+    kept_indices = [
+        index for index, prompt in enumerate(values) if not prompt_format.is_empty(prompt)
+    ]
+    if not kept_indices:
         raise ConfigError(f"no row has a prompt in the column {section.prompt!r}", where=path)
     chat = chat_format.resolve_chat(
         section.chat,
-        chat_format.is_usable_template(getattr(rendering.tokenizer, "chat_template", None)),
+        chat_format.is_usable_template(getattr(options.tokenizer, "chat_template", None)),
     )
     if is_chat and section.chat is False:
         raise ConfigError(
@@ -243,32 +250,36 @@ def _prepare_split(
             fix=chat_format.NOT_CHATS_FIX,
         )
     prompts = [
-        prompt_format.format_prompt(found[index], section.system, chat=bool(chat)) for index in kept
+        prompt_format.format_prompt(values[index], section.system, chat=bool(chat))
+        for index in kept_indices
     ]
-    prompts = data_checks.pretruncate_prompts(
-        rendering.tokenizer, prompts, rendering.max_prompt_length
-    )
+    prompts = data_checks.pretruncate_prompts(options.tokenizer, prompts, options.max_prompt_length)
     if isinstance(prompts[0], list):
         prompt_format.check_template(
-            rendering.tokenizer, prompts[0], section.prompt, rendering.template
+            options.tokenizer, prompts[0], section.prompt, options.template
         )
-    prompts, truncated, longest = _truncate_prompts(rendering, prompts)
-    unknown = prompt_format.unknown_tokens_note(rendering.tokenizer, prompts, rendering.template)
-    table, notes, missing = _build_table(rows, kept, section, prompts, path)
+    prompts, truncated, longest_tokens = _truncate_prompts(options, prompts)
+    unknown_notes = prompt_format.unknown_tokens_note(options.tokenizer, prompts, options.template)
+    table, column_notes, missing_answers = _build_table(rows, kept_indices, section, prompts, path)
     report = SplitReport(
         source=path,
         digest=digest,
-        rows=len(found),
+        rows=len(values),
         used=len(prompts),
         chat=isinstance(prompts[0], list),
         wrapped=isinstance(prompts[0], list) and not is_chat,
-        empty=len(found) - len(kept),
+        empty=len(values) - len(kept_indices),
         duplicates=len(prompts) - len({json.dumps(prompt, sort_keys=True) for prompt in prompts}),
         truncated=truncated,
-        longest_tokens=longest,
+        longest_tokens=longest_tokens,
         columns=tuple(table.column_names),
-        no_answer=missing,
-        notes=(*read_as, *unknown, *data_checks.missing_answers_note(missing, len(kept)), *notes),
+        no_answer=missing_answers,
+        notes=(
+            *prompt_notes,
+            *unknown_notes,
+            *data_checks.missing_answers_note(missing_answers, len(kept_indices)),
+            *column_notes,
+        ),
     )
     return as_dataset(table, "prompt" if isinstance(prompts[0], list) else None), report
 
@@ -276,19 +287,19 @@ def _prepare_split(
 def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> None:
     if name is None or name in table.column_names:
         return
-    near = did_you_mean.similar_words(name, table.column_names, cutoff=0.6)
+    similar = did_you_mean.similar_words(name, table.column_names, cutoff=0.6)
     raise ConfigError(
         f"dataset.{key} names the column {name!r}, which does not exist; the columns are "
         f"{', '.join(table.column_names)}",
         where=path,
-        fix=f"set `dataset.{key}` to {near[0]}"
-        if near
+        fix=f"set `dataset.{key}` to {similar[0]}"
+        if similar
         else f"set `dataset.{key}` to one of these columns",
     )
 
 
 def _truncate_prompts(
-    rendering: TokenizeOptions, prompts: list[Any]
+    options: TokenizeOptions, prompts: list[Any]
 ) -> tuple[list[Any], int, int | None]:
     """Shorten prompts that are longer than the limit.
 
@@ -298,49 +309,54 @@ def _truncate_prompts(
     - the number of prompts that were shortened,
     - the number of tokens of the longest prompt before it was shortened, or None without a limit.
     """
-    tokenizer, limit, template = rendering
+    tokenizer, limit, template = options
     if limit is None:
         return prompts, 0, None
     lengths = [prompt_format.count_tokens(tokenizer, prompt, template) for prompt in prompts]
-    cut = [
+    truncated = [
         prompt_format.truncate_prompt(tokenizer, prompt, limit, template)
         if length > limit
         else prompt
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    return cut, sum(length > limit for length in lengths), max(lengths)
+    return truncated, sum(length > limit for length in lengths), max(lengths)
 
 
 def _build_table(
-    rows: Rows, kept: list[int], section: DatasetSection, prompts: list[Any], path: str
+    rows: Rows, kept_indices: list[int], section: DatasetSection, prompts: list[Any], path: str
 ) -> tuple[pa.Table, list[str], int]:
     """Build the table for the trainer.
 
     Returns three values:
 
-    - a table of the rows with the indices ``kept``, with the columns ``prompt`` and ``answer``,
+    - a table of the rows with the indices ``kept_indices``, with the columns ``prompt`` and
+      ``answer``,
     - notes on columns that were left out,
     - the number of missing answers.
     """
-    table = rows.table.take(kept)
-    new: dict[str, Any] = {"prompt": prompts}
-    missing = 0
+    table = rows.table.take(kept_indices)
+    new_columns: dict[str, Any] = {"prompt": prompts}
+    missing_answers = 0
     if section.answer:
-        answers, missing = data_checks.clean_answers(table[section.answer], section.answer, path)
-        new["answer"] = answers
+        answers, missing_answers = data_checks.clean_answers(
+            table[section.answer], section.answer, path
+        )
+        new_columns["answer"] = answers
     notes = [
         (
             f"the column {name!r} is left out, because dataset.{name} is the column "
             f"{getattr(section, name)!r}"
         )
-        for name in new
+        for name in new_columns
         if name in table.column_names and getattr(section, name) != name
     ]
     used = [name for name in (section.prompt, section.answer) if name]
-    taken = data_checks.left_out_columns(table.column_names, used)
-    notes += [f"the column {name!r} is left out: {why}" for name, why in taken.items()]
-    taken |= data_checks.left_out_columns(table.column_names, ())
-    table = table.drop_columns([*taken, *(name for name in new if name in table.column_names)])
-    for name, values in new.items():
+    left_out = data_checks.left_out_columns(table.column_names, used)
+    notes += [f"the column {name!r} is left out: {why}" for name, why in left_out.items()]
+    left_out |= data_checks.left_out_columns(table.column_names, ())
+    table = table.drop_columns(
+        [*left_out, *(name for name in new_columns if name in table.column_names)]
+    )
+    for name, values in new_columns.items():
         table = table.append_column(name, [values] if isinstance(values, list) else values)
-    return table, notes, missing
+    return table, notes, missing_answers

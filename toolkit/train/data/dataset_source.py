@@ -62,9 +62,9 @@ def read_source(
                 fix="remove the split from the run file. Set `dataset.eval_path` to the file with "
                 "the held-out prompts",
             )
-        before = _file_identities([local])
+        identities = _file_identities([local])
         rows = read_data_file(local, limit)
-        return rows, _digest_files([local], before)
+        return rows, _digest_files([local], identities)
     return _read_hub(path, split, name, revision, limit)
 
 
@@ -79,11 +79,11 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
             )
         folder = safe_join(folder, split, what="a split")
     if not (folder / "state.json").is_file():
-        inside = sorted(item.name for item in folder.iterdir() if data_file_type(item))
+        data_files = sorted(item.name for item in folder.iterdir() if data_file_type(item))
         raise ConfigError(
             "is not a folder that `save_to_disk` of the datasets library wrote",
             where=str(folder),
-            fix=f"use a file in this folder: {', '.join(inside[:8])}" if inside else None,
+            fix=f"use a file in this folder: {', '.join(data_files[:8])}" if data_files else None,
         )
     files = [
         _data_file_path(folder, entry) for entry in _read_list(folder / "state.json", "_data_files")
@@ -92,7 +92,7 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
     for file in files:
         with open_regular(file, limit=MAX_DATA_BYTES):
             pass
-    before = _file_identities(files)
+    identities = _file_identities(files)
     try:
         dataset = datasets.load_from_disk(str(folder))
         table = _read_rows(dataset, limit)
@@ -101,7 +101,7 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
             f"the saved dataset cannot be read: {first_line(error)}", where=str(folder)
         ) from error
     rows = validate_rows(Rows(table, lambda index: f"{folder} row {index + 1}"), folder)
-    return rows, _digest_files(files, before)
+    return rows, _digest_files(files, identities)
 
 
 def _read_list(path: Path, key: str) -> list[Any]:
@@ -131,12 +131,12 @@ def _read_hub(
         dataset = datasets.load_dataset(path, name=name, split=split, revision=revision)
     except ConnectionError as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        kind = ConfigError if offline else RetryError
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub does not answer"
-        raise kind(
+        error_type = ConfigError if offline else RetryError
+        reason = "HF_HUB_OFFLINE is set" if offline else "the hub does not answer"
+        raise error_type(
             (
                 f"dataset {path!r} was not found: this machine has no such file or folder, the hub "
-                f"cache does not contain it, and {why}"
+                f"cache does not contain it, and {reason}"
             ),
             fix="use a path that starts with `./` or `/` for a file. Download a hub dataset on a "
             "machine with network access, save it with `save_to_disk`, and use the path of the "
@@ -166,17 +166,17 @@ def _file_identities(paths: list[Path]) -> list[tuple[int, int, int]]:
     """Return (inode, size, modification time) of each file that exists. A later call shows whether
     a file has changed.
     """
-    found = []
+    identities = []
     for path in sorted(paths):
         with contextlib.suppress(OSError):
             status = path.stat()
-            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
-    return found
+            identities.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return identities
 
 
-def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
-    """Return the SHA-256 of the bytes of the files, in the order of their paths. ``before`` is what
-    ``_file_identities`` returned before the files were read. Raises InputError if a file has
+def _digest_files(paths: list[Path], identities: list[tuple[int, int, int]]) -> str:
+    """Return the SHA-256 of the bytes of the files, in the order of their paths. ``identities`` is
+    what ``_file_identities`` returned before the files were read. Raises InputError if a file has
     changed since then.
     """
     digest = hashlib.sha256()
@@ -184,7 +184,7 @@ def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
         with open_bytes(path, limit=MAX_DATA_BYTES) as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
-    if _file_identities(paths) != before:
+    if _file_identities(paths) != identities:
         raise InputError(
             "the data changed while it was read",
             where=", ".join(str(path) for path in paths[:3]),

@@ -34,11 +34,11 @@ def check_prompts(prompts: Sequence[Any], column: str, location: Callable[[int],
     Raises ConfigError if a later prompt has the other type, or if a prompt is invalid. The error
     contains the place of the row.
     """
-    chats = [prompt for prompt in prompts if prompt is not None]
-    is_chat = bool(chats) and isinstance(chats[0], list)
+    present = [prompt for prompt in prompts if prompt is not None]
+    is_chat = bool(present) and isinstance(present[0], list)
     for index, prompt in enumerate(prompts):
-        if wrong := prompt_fault(prompt, chats=is_chat):
-            raise ConfigError(f"column {column!r} {wrong}", where=location(index))
+        if problem := prompt_fault(prompt, chats=is_chat):
+            raise ConfigError(f"column {column!r} {problem}", where=location(index))
     return is_chat
 
 
@@ -109,21 +109,23 @@ def unknown_tokens_note(
     """Return a note for the user if a large part of the first prompts becomes the tokenizer's
     unknown token. The model cannot read this part. Otherwise return an empty list.
     """
-    unknown = _unknown_token_id(tokenizer)
-    if unknown is None or not prompts:
+    unknown_id = _unknown_token_id(tokenizer)
+    if unknown_id is None or not prompts:
         return []
     try:
         ids = [
-            one for row in token_ids(prompts[:SAMPLED_PROMPTS], tokenizer, template) for one in row
+            token_id
+            for row in token_ids(prompts[:SAMPLED_PROMPTS], tokenizer, template)
+            for token_id in row
         ]
     except Exception:  # noqa: BLE001 - a template that rejects a prompt is reported where it is used
         return []
-    share = ids.count(unknown) / max(1, len(ids))
+    share = ids.count(unknown_id) / max(1, len(ids))
     if share < WARN_UNKNOWN_SHARE:
         return []
     return [
         f"{share:.0%} of the tokens of the first prompts are unknown to the tokenizer "
-        f"({tokenizer.convert_ids_to_tokens(unknown)}), so the model cannot read them"
+        f"({tokenizer.convert_ids_to_tokens(unknown_id)}), so the model cannot read them"
     ]
 
 
@@ -131,12 +133,12 @@ def _unknown_token_id(tokenizer: Any) -> int | None:
     """Return the id of the tokenizer's unknown token; None if it has no unknown token. If the
     tokenizer has no attribute ``unk_token_id``, its backend model names the token.
     """
-    if (found := getattr(tokenizer, "unk_token_id", None)) is not None:
-        return int(found)
+    if (token_id := getattr(tokenizer, "unk_token_id", None)) is not None:
+        return int(token_id)
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     name = getattr(model, "unk_token", None)
-    found = tokenizer.convert_tokens_to_ids(name) if name else None
-    return None if found is None else int(found)
+    token_id = tokenizer.convert_tokens_to_ids(name) if name else None
+    return None if token_id is None else int(token_id)
 
 
 def count_tokens(tokenizer: Any, prompt: Prompt, template: TemplateArguments = None) -> int:
@@ -155,51 +157,51 @@ def truncate_prompt(
     Raises ConfigError if the prompt cannot become short enough.
     """
     if isinstance(prompt, str):
-        rest = _drop_first_tokens(
+        shortened = _drop_first_tokens(
             tokenizer, prompt, lambda text: count_tokens(tokenizer, text) - limit
         )
-        if rest:
-            return rest
+        if shortened:
+            return shortened
         raise _cannot_shorten_error(limit, "the special tokens", count_tokens(tokenizer, ""))
-    kept = [dict(message) for message in prompt]
-    for message in kept:
+    messages = [dict(message) for message in prompt]
+    for message in messages:
         text = message.get("content")
         if message["role"] in ("system", "developer") or not isinstance(text, str):
             continue
 
-        def over(text: str, message: dict[str, Any] = message) -> int:
+        def excess_with(text: str, message: dict[str, Any] = message) -> int:
             message["content"] = text
-            return count_tokens(tokenizer, kept, template) - limit
+            return count_tokens(tokenizer, messages, template) - limit
 
-        message["content"] = _drop_first_tokens(tokenizer, text, over)
-        if count_tokens(tokenizer, kept, template) <= limit:
-            return kept
+        message["content"] = _drop_first_tokens(tokenizer, text, excess_with)
+        if count_tokens(tokenizer, messages, template) <= limit:
+            return messages
     raise _cannot_shorten_error(
-        limit, "system prompt and chat template", count_tokens(tokenizer, kept, template)
+        limit, "system prompt and chat template", count_tokens(tokenizer, messages, template)
     )
 
 
-def _cannot_shorten_error(limit: int, what: str, tokens: int) -> ConfigError:
+def _cannot_shorten_error(limit: int, fixed_part: str, fixed_tokens: int) -> ConfigError:
     return ConfigError(
-        f"a prompt cannot be shortened to grpo.max_prompt_length ({limit} tokens), because {what} "
-        f"alone have {tokens} tokens",
+        f"a prompt cannot be shortened to grpo.max_prompt_length ({limit} tokens), because "
+        f"{fixed_part} alone have {fixed_tokens} tokens",
         fix="raise `grpo.max_prompt_length`, or shorten `dataset.system`",
     )
 
 
-def _drop_first_tokens(tokenizer: Any, text: str, over: Callable[[str], int]) -> str:
+def _drop_first_tokens(tokenizer: Any, text: str, count_excess: Callable[[str], int]) -> str:
     """Remove tokens from the beginning of ``text`` until it is short enough, and return the rest,
-    which may be empty. ``over(text)`` returns by how many tokens ``text`` is too long.
+    which may be empty. ``count_excess(text)`` returns by how many tokens ``text`` is too long.
 
     After each removal, the tokens of the rest are counted again, because the first characters of
     the rest may be tokenized differently.
     """
     starts = _token_starts(tokenizer, text)
     dropped = 0
-    while text and (excess := over(text[starts[dropped] :] if dropped else text)) > 0:
+    while text and (excess := count_excess(text[starts[dropped] :] if dropped else text)) > 0:
         dropped += excess
         if dropped >= len(starts):
-            over("")
+            count_excess("")
             return ""
     return text[starts[dropped] :] if dropped else text
 

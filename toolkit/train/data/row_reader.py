@@ -60,8 +60,8 @@ def read_data_file(path: Path, limit: int | None = None) -> Rows:
         return _read_archive(path, limit)
     kind = data_file_type(path)
     if kind is None:
-        what, fix = unsupported_file_message(path)
-        raise ConfigError(what, where=str(path), fix=fix)
+        problem, fix = unsupported_file_message(path)
+        raise ConfigError(problem, where=str(path), fix=fix)
     if not path.exists() and not path.is_symlink():
         raise InputError("the file does not exist", where=str(path), fix=_missing_file_fix(path))
     try:
@@ -129,8 +129,8 @@ def _read_csv(file: IO[bytes], path: Path, limit: int | None) -> Rows:
             if limit is not None and len(rows) >= limit:
                 break
             if fields and len(fields) != len(header):
-                what = f"has {len(fields)} fields, but the header has {len(header)}"
-                raise_data_error(f"{path}:{reader.line_num}", what)
+                problem = f"has {len(fields)} fields, but the header has {len(header)}"
+                raise_data_error(f"{path}:{reader.line_num}", problem)
             if fields:
                 rows.append(dict(zip(header, fields, strict=True)))
                 lines.append(reader.line_num)
@@ -145,40 +145,40 @@ def _read_csv(file: IO[bytes], path: Path, limit: int | None) -> Rows:
 
 
 def _bounded_lines(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
-    number = blank = 0
+    number = blank_lines = 0
     while line := text.readline(MAX_LINE_BYTES + 1):
         number += 1
-        blank += line.isspace()
-        if blank > MAX_BLANK_LINES:
-            what = (
+        blank_lines += line.isspace()
+        if blank_lines > MAX_BLANK_LINES:
+            problem = (
                 f"more than {MAX_BLANK_LINES} lines are blank: this does not look like a data file"
             )
-            raise_data_error(f"{path}:{number}", what)
+            raise_data_error(f"{path}:{number}", problem)
         if len(line) > MAX_LINE_BYTES:
-            what = (
+            problem = (
                 f"a line is longer than {format_bytes(MAX_LINE_BYTES)}: this does not look like a "
                 "data file"
             )
-            raise_data_error(f"{path}:{number}", what)
+            raise_data_error(f"{path}:{number}", problem)
         yield line
 
 
 def _read_parquet(file: IO[bytes], path: Path, limit: int | None) -> Rows:
     try:
-        opened = parquet.ParquetFile(file)
-        rows, taken = opened.metadata.num_rows, []
-        wanted = rows if limit is None else min(limit, rows)
-        if wanted > MAX_ROWS:
+        parquet_file = parquet.ParquetFile(file)
+        total_rows, batches = parquet_file.metadata.num_rows, []
+        row_count = total_rows if limit is None else min(limit, total_rows)
+        if row_count > MAX_ROWS:
             raise_data_error(
-                str(path), f"has {rows} rows, but at most {MAX_ROWS} rows are supported"
+                str(path), f"has {total_rows} rows, but at most {MAX_ROWS} rows are supported"
             )
         count = 0
-        for batch in opened.iter_batches() if wanted else ():
-            taken.append(batch)
+        for batch in parquet_file.iter_batches() if row_count else ():
+            batches.append(batch)
             count += len(batch)
-            if count >= wanted:
+            if count >= row_count:
                 break
-        table = pa.Table.from_batches(taken, schema=opened.schema_arrow)
+        table = pa.Table.from_batches(batches, schema=parquet_file.schema_arrow)
     except (*ARROW_ERRORS, OSError) as error:
         raise_data_error(str(path), unreadable_table_message("Parquet", first_line(error)))
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
@@ -230,16 +230,18 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
         except ToolkitError as error:
             error.where = (error.where or "").replace(str(folder), str(path))
             raise
-        places = [rows.location(i).replace(str(folder), str(path)) for i in range(len(rows.table))]
-    return Rows(rows.table, lambda index: places[index])
+        locations = [
+            rows.location(i).replace(str(folder), str(path)) for i in range(len(rows.table))
+        ]
+    return Rows(rows.table, lambda index: locations[index])
 
 
 def _parse_json(text: str, where: str) -> Any:
     try:
         return parse_json_value(text)
     except json.JSONDecodeError as error:
-        at = f"{where}:{error.colno}" if error.lineno == 1 else f"{where}:{error.lineno}"
-        raise_data_error(at, f"is not JSON: {error.msg}")
+        location = f"{where}:{error.colno}" if error.lineno == 1 else f"{where}:{error.lineno}"
+        raise_data_error(location, f"is not JSON: {error.msg}")
     except RecursionError:
         raise_data_error(where, "is nested too deeply")
     except ValueError as error:
@@ -250,5 +252,5 @@ def _missing_file_fix(path: Path) -> str | None:
     folder = path.parent
     if not folder.is_dir():
         return f"correct the path, because the folder {folder} does not exist either"
-    there = sorted(item.name for item in folder.iterdir() if data_file_type(item))
-    return f"use a data file in {folder}: {', '.join(there[:8])}" if there else None
+    data_files = sorted(item.name for item in folder.iterdir() if data_file_type(item))
+    return f"use a data file in {folder}: {', '.join(data_files[:8])}" if data_files else None
