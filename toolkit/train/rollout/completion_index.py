@@ -55,9 +55,13 @@ class CompletionIndex:
         if self._current_batch != (mode, key):
             self._current_batch, self._rows_begun = (mode, key), 0
         accelerator = getattr(self.trainer, "accelerator", None)
-        first = self._rows_begun + count * getattr(accelerator, "process_index", 0)
+        first_row = self._rows_begun + count * getattr(accelerator, "process_index", 0)
         self._rows_begun += count * getattr(accelerator, "num_processes", 1)
-        self._row_numbers, self._turn, self._sequences = list(range(first, first + count)), -1, []
+        self._row_numbers, self._turn, self._sequences = (
+            list(range(first_row, first_row + count)),
+            -1,
+            [],
+        )
 
     @property
     def row_numbers(self) -> list[int]:
@@ -103,8 +107,10 @@ class CompletionIndex:
         if not getattr(model, "training", True):
             return "eval", getattr(_attribute(self.trainer, "state"), "global_step", 0)
         micro_steps = getattr(args, "steps_per_generation", None) or 1
-        every = micro_steps * (getattr(self.trainer, "num_iterations", None) or 1)
-        return "train", getattr(self.trainer, "micro_steps", 0) // every
+        micro_steps_per_generation = micro_steps * (
+            getattr(self.trainer, "num_iterations", None) or 1
+        )
+        return "train", getattr(self.trainer, "micro_steps", 0) // micro_steps_per_generation
 
     def _find_rows(self, prompts: Sequence[list[int]]) -> list[int]:
         """Return the row number of each prompt of a later turn of the tool loop.
@@ -114,18 +120,22 @@ class CompletionIndex:
         rows by comparing tokens. If a prompt was truncated, its row is found by its position.
         """
         assert self._row_numbers is not None
-        found, place = [], 0
-        for left, prompt in enumerate(prompts):
-            last = len(self._sequences) - (len(prompts) - left)
-            text = (t for t in range(place, last + 1) if _starts_with(prompt, self._sequences[t]))
-            place = next(text, min(place, last))
-            found.append(self._row_numbers[place])
-            place += 1
-        return found
+        row_numbers, row = [], 0
+        for index, prompt in enumerate(prompts):
+            last_row = len(self._sequences) - (len(prompts) - index)
+            matching_rows = (
+                candidate
+                for candidate in range(row, last_row + 1)
+                if _starts_with(prompt, self._sequences[candidate])
+            )
+            row = next(matching_rows, min(row, last_row))
+            row_numbers.append(self._row_numbers[row])
+            row += 1
+        return row_numbers
 
 
-def _starts_with(prompt: list[int], text: list[int]) -> bool:
-    return prompt[: len(text)] == text
+def _starts_with(prompt: list[int], sequence: list[int]) -> bool:
+    return prompt[: len(sequence)] == sequence
 
 
 def _attribute(trainer: TrainerSeam, name: str) -> Any:

@@ -61,8 +61,8 @@ class Difficulty:
                 "the curriculum records in the checkpoint have the shape "
                 f"{tuple(spread_N.shape)}, but the data set has {len(self.spread_N)} rows"
             )
-        known = spread_N[~spread_N.isnan()]
-        if not (known.isfinite() & (known >= 0)).all():
+        recorded = spread_N[~spread_N.isnan()]
+        if not (recorded.isfinite() & (recorded >= 0)).all():
             raise ValueError(
                 "the checkpoint has a curriculum record whose spread is negative or infinite"
             )
@@ -84,13 +84,13 @@ class Difficulty:
         the order ``unmeasured_order``.
         """
         measured = iter(self._rows_by_spread(seed))
-        known = (~self.spread_N.isnan()).tolist()
-        fresh = (row for row in unmeasured_order if not known[row])
-        place = 0
+        is_measured = (~self.spread_N.isnan()).tolist()
+        unmeasured = (row for row in unmeasured_order if not is_measured[row])
+        position = 0
         while True:
-            place += 1
-            repeats = int(place * share + 1e-9) > int((place - 1) * share + 1e-9)
-            first, second = (measured, fresh) if repeats else (fresh, measured)
+            position += 1
+            draws_measured = int(position * share + 1e-9) > int((position - 1) * share + 1e-9)
+            first, second = (measured, unmeasured) if draws_measured else (unmeasured, measured)
             row = next(chain(first, second), None)
             if row is None:
                 return
@@ -107,18 +107,18 @@ class Difficulty:
         mean = weights.mean() if len(rows) else torch.tensor(0.0)
         weights = weights.clamp(min=MIN_WEIGHT * mean) if mean > 0 else torch.ones_like(weights)
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(len(rows), generator=generator, dtype=torch.float64)
-        keys = drawn.clamp(min=1e-300).log() / weights
-        found: list[int] = rows[keys.argsort(descending=True, stable=True)].tolist()
-        return found
+        uniform = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+        keys = uniform.clamp(min=1e-300).log() / weights
+        ordered_rows: list[int] = rows[keys.argsort(descending=True, stable=True)].tolist()
+        return ordered_rows
 
     def mean_spread(self, rows: Sequence[int] | None = None) -> float | None:
         """Return the mean of the recorded reward spreads. If ``rows`` is given, only the records of
         these rows count. Returns None if there is no record.
         """
         spread = self.spread_N if rows is None else self.spread_N[list(rows)]
-        known = spread[~spread.isnan()]
-        return known.mean().item() if len(known) else None
+        recorded = spread[~spread.isnan()]
+        return recorded.mean().item() if len(recorded) else None
 
     @property
     def measured_share(self) -> float:

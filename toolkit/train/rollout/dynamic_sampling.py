@@ -65,14 +65,15 @@ class Generation:
         trainer: TrainerSeam,
         inputs: list[dict[str, Any]],
         order: Iterator[int],
-        rounds: int,
-        chosen: list[int],
+        max_rounds: int,
+        group_rows: list[int],
     ) -> None:
         """``inputs`` are the rows of this rank. ``order`` yields further rows of the data set.
-        ``rounds`` is the maximum number of rounds in which groups are replaced. If the curriculum
-        chose the prompts, ``chosen`` has the index of the data set row for each group of all ranks.
+        ``max_rounds`` is the maximum number of rounds in which groups are replaced. If the
+        curriculum chose the prompts, ``group_rows`` has the index of the data set row for each
+        group of all ranks.
         """
-        self.trainer, self.order, self.max_rounds = trainer, order, rounds
+        self.trainer, self.order, self.max_rounds = trainer, order, max_rounds
         self.inputs = list(inputs)
         self.group_size: int = trainer.num_generations
         self.rank_count: int = trainer.accelerator.num_processes
@@ -81,7 +82,7 @@ class Generation:
         """The rewards of the completions of all ranks, with a column per function. None before
         ``replace_empty_groups``.
         """
-        self.group_rows = chosen
+        self.group_rows = group_rows
         """With the curriculum, the data set's row of each drawn group."""
         self.deviations: list[float] = []
         """The standard deviation of the rewards of each drawn group."""
@@ -99,130 +100,143 @@ class Generation:
         are changed in place.
         """
         self.is_drawing = True
-        mine = self._completions([None] * len(prompts), prompts, drawn)
-        rewards = self._score(self.inputs, prompts, drawn, mine)
-        found = self._spread(rewards)
-        empty = [group for group, signal in enumerate(found.has_signal) if not signal]
-        self.no_spread_before = self.no_spread_after = len(empty)
+        local = self._completions([None] * len(prompts), prompts, drawn)
+        rewards = self._score(self.inputs, prompts, drawn, local)
+        spread = self._spread(rewards)
+        empty_groups = [
+            group for group, has_signal in enumerate(spread.has_signal) if not has_signal
+        ]
+        self.no_spread_before = self.no_spread_after = len(empty_groups)
         self.sampled_count = self.group_count * self.group_size
-        self.deviations = list(found.deviation)
-        round_of = [0] * len(mine)
-        if empty and self.max_rounds:
-            self._resample(empty, mine, rewards, round_of)
+        self.deviations = list(spread.deviation)
+        round_of = [0] * len(local)
+        if empty_groups and self.max_rounds:
+            self._resample(empty_groups, local, rewards, round_of)
         self.rewards = rewards
         if self.rounds:
-            prompts[:] = [one.prompt for one in mine]
-            drawn = self._as_drawn(mine)
+            prompts[:] = [completion.prompt for completion in local]
+            drawn = self._as_drawn(local)
             self.trainer.log_completion_metrics(prompts, drawn, self._logged)
         if self.max_rounds:
-            self._set_logged_columns(mine, round_of)
+            self._set_logged_columns(local, round_of)
         return drawn
 
     def _resample(
         self,
-        empty: list[int],
-        mine: list[Completion],
+        empty_groups: list[int],
+        local: list[Completion],
         rewards: torch.Tensor,
         round_of: list[int],
     ) -> None:
-        """Draw groups of other prompts in rounds. Replace the groups ``empty`` (all rewards equal)
-        by drawn groups whose rewards differ. Ends when all groups of ``empty`` are replaced, when
-        the maximum number of rounds is reached, or when all prompts of the data set were drawn.
+        """Draw groups of other prompts in rounds. Replace the groups ``empty_groups`` (all rewards
+        equal) by drawn groups whose rewards differ. Ends when all groups of ``empty_groups`` are
+        replaced, when the maximum number of rounds is reached, or when all prompts of the data set
+        were drawn.
 
-        Three arguments are changed in place: the completions of this rank (``mine``), the rewards
+        Three arguments are changed in place: the completions of this rank (``local``), the rewards
         of all ranks (``rewards``), and the round in which each completion of this rank was drawn
         (``round_of``).
         """
-        tokens = sum(len(one.completion_ids) for one in mine)
-        further = self._unused_rows()
-        while empty and self.rounds < self.max_rounds:
-            rows = self._next_rows(further, len(empty))
+        drawn_tokens = sum(len(completion.completion_ids) for completion in local)
+        unused_rows = self._unused_rows()
+        while empty_groups and self.rounds < self.max_rounds:
+            rows = self._next_rows(unused_rows, len(empty_groups))
             if not rows:
                 break  # all prompts of the data set were drawn
             self.rounds += 1
-            new, scored = self._draw_groups(rows)
-            tokens += sum(len(one.completion_ids) for one in self._drawn_here(new))
-            self.sampled_count += len(new)
-            found = self._spread(scored)
+            drawn, drawn_rewards = self._draw_groups(rows)
+            drawn_tokens += sum(
+                len(completion.completion_ids) for completion in self._drawn_here(drawn)
+            )
+            self.sampled_count += len(drawn)
+            spread = self._spread(drawn_rewards)
             if self.group_rows:  # the curriculum records the spread of every group that was drawn
                 self.group_rows = [*self.group_rows, *rows]
-                self.deviations += found.deviation
-            good = [place for place, signal in enumerate(found.has_signal) if signal]
-            for place, group in zip(good, empty, strict=False):
-                source = slice(place * self.group_size, (place + 1) * self.group_size)
+                self.deviations += spread.deviation
+            usable_groups = [
+                index for index, has_signal in enumerate(spread.has_signal) if has_signal
+            ]
+            for drawn_group, group in zip(usable_groups, empty_groups, strict=False):
+                source = slice(drawn_group * self.group_size, (drawn_group + 1) * self.group_size)
                 target = slice(group * self.group_size, (group + 1) * self.group_size)
-                rewards[target] = scored[source]
-                self._copy_group(new[source], target.start, mine, round_of)
-            empty = empty[len(good) :]
-        self.no_spread_after = len(empty)
-        kept = sum(len(one.completion_ids) for one in mine)
-        self.discarded_tokens = sum(gather_object([tokens - kept]))
-        self._warn_of_left_groups(empty)
+                rewards[target] = drawn_rewards[source]
+                self._copy_group(drawn[source], target.start, local, round_of)
+            empty_groups = empty_groups[len(usable_groups) :]
+        self.no_spread_after = len(empty_groups)
+        kept_tokens = sum(len(completion.completion_ids) for completion in local)
+        self.discarded_tokens = sum(gather_object([drawn_tokens - kept_tokens]))
+        self._warn_of_left_groups(empty_groups)
 
     def _copy_group(
-        self, group: list[Completion], first: int, mine: list[Completion], round_of: list[int]
+        self, group: list[Completion], first: int, local: list[Completion], round_of: list[int]
     ) -> None:
-        """Copy the completions of the new ``group`` that belong to this rank into ``mine`` (the
+        """Copy the completions of the new ``group`` that belong to this rank into ``local`` (the
         completions of this rank). ``first`` is the index of the group's first completion in
         the batch of all ranks.
         """
-        begin = self.trainer.accelerator.process_index * len(mine)
-        for place, one in enumerate(group, start=first - begin):
-            if 0 <= place < len(mine):
-                assert one.row is not None
-                mine[place], round_of[place] = one, self.rounds
-                self.inputs[place] = dict(self.trainer.training_rows[one.row])
+        first_of_rank = self.trainer.accelerator.process_index * len(local)
+        for index, completion in enumerate(group, start=first - first_of_rank):
+            if 0 <= index < len(local):
+                assert completion.row is not None
+                local[index], round_of[index] = completion, self.rounds
+                self.inputs[index] = dict(self.trainer.training_rows[completion.row])
 
     def _draw_groups(self, rows: Sequence[int]) -> tuple[list[Completion], torch.Tensor]:
         """Draw a group of completions for each of ``rows``. Return the completions of all ranks and
         their rewards.
         """
-        each = len(rows) * self.group_size // self.rank_count
-        first = each * self.trainer.accelerator.process_index
-        own = [rows[place // self.group_size] for place in range(first, first + each)]
-        inputs = [dict(self.trainer.training_rows[row]) for row in own]
-        prompts = [one["prompt"] for one in inputs]
+        per_rank = len(rows) * self.group_size // self.rank_count
+        first = per_rank * self.trainer.accelerator.process_index
+        rank_rows = [rows[index // self.group_size] for index in range(first, first + per_rank)]
+        inputs = [dict(self.trainer.training_rows[row]) for row in rank_rows]
+        prompts = [row_inputs["prompt"] for row_inputs in inputs]
         drawn = CompletionBatch(*self.trainer.generate_completions(prompts))
-        made = self._completions(own, prompts, drawn)
-        rewards = self._score(inputs, prompts, drawn, made)
-        return gather_object(made), rewards
+        completions = self._completions(rank_rows, prompts, drawn)
+        rewards = self._score(inputs, prompts, drawn, completions)
+        return gather_object(completions), rewards
 
     def _drawn_here(self, all_ranks: list[Completion]) -> list[Completion]:
         """Return those completions of ``all_ranks`` (the result of ``_draw``) that this
         rank drew.
         """
-        each = len(all_ranks) // self.rank_count
+        per_rank = len(all_ranks) // self.rank_count
         rank = self.trainer.accelerator.process_index
-        return all_ranks[rank * each : (rank + 1) * each]
+        return all_ranks[rank * per_rank : (rank + 1) * per_rank]
 
     def _unused_rows(self) -> Iterator[int]:
         """Yield further rows of the data set. A row whose prompt is already in the batch, or was
         yielded before, is skipped.
         """
-        used = set(gather_object([_prompt_digest(one["prompt"]) for one in self.inputs]))
+        used_prompts = set(
+            gather_object([_prompt_digest(row_inputs["prompt"]) for row_inputs in self.inputs])
+        )
         for row in self.order:
-            key = _prompt_digest(self.trainer.training_rows[row]["prompt"])
-            if key not in used:
-                used.add(key)
+            digest = _prompt_digest(self.trainer.training_rows[row]["prompt"])
+            if digest not in used_prompts:
+                used_prompts.add(digest)
                 yield row
 
-    def _next_rows(self, further: Iterator[int], needed: int) -> list[int]:
+    def _next_rows(self, unused_rows: Iterator[int], needed: int) -> list[int]:
         """Return the rows of the data set for the next round: at least ``needed`` rows, if so many
         are left.
 
         The number of rows is rounded up, so that every rank draws the same number of completions.
         TRL's collective calls need equal shapes. A round is never larger than the batch.
         """
-        step = self.rank_count // math.gcd(self.rank_count, self.group_size)
-        rows = list(islice(further, -(-needed // step) * step))
-        return rows[: len(rows) // step * step]
+        multiple = self.rank_count // math.gcd(self.rank_count, self.group_size)
+        rows = list(islice(unused_rows, -(-needed // multiple) * multiple))
+        return rows[: len(rows) // multiple * multiple]
 
     def _score(
-        self, inputs: list[Any], prompts: list[Any], drawn: CompletionBatch, made: list[Completion]
+        self,
+        inputs: list[Any],
+        prompts: list[Any],
+        drawn: CompletionBatch,
+        completions: list[Completion],
     ) -> torch.Tensor:
         """Score the completions of this rank, and return the rewards of all ranks.
 
-        ``made`` has the completions of this rank. Reward functions may log values for each
+        ``completions`` has the completions of this rank. Reward functions may log values for each
         completion. With dynamic sampling, these values are stored in ``Completion.columns``.
         """
         if drawn.images is not None:
@@ -238,21 +252,21 @@ class Generation:
         )
         if self.max_rounds:
             for name, values in pending.items():
-                if len(values) == len(made):  # otherwise the values have no completion
-                    for one, value in zip(made, values, strict=True):
-                        one.columns[name] = value
-        found: torch.Tensor = rewards.clone()
-        return found
+                if len(values) == len(completions):  # otherwise the values have no completion
+                    for completion, value in zip(completions, values, strict=True):
+                        completion.columns[name] = value
+        copied: torch.Tensor = rewards.clone()
+        return copied
 
-    def _set_logged_columns(self, mine: list[Completion], round_of: list[int]) -> None:
-        """Pass to TRL the values that it logs for the completions of this rank (``mine``). They are
-        the values that the reward functions logged, and the round in which each completion was
+    def _set_logged_columns(self, local: list[Completion], round_of: list[int]) -> None:
+        """Pass to TRL the values that it logs for the completions of this rank (``local``). They
+        are the values that the reward functions logged, and the round in which each completion was
         drawn.
         """
         pending = self.trainer.pending_columns
         pending.clear()
-        for name in sorted({name for one in mine for name in one.columns}):
-            pending[name].extend(one.columns.get(name) for one in mine)
+        for name in sorted({name for completion in local for name in completion.columns}):
+            pending[name].extend(completion.columns.get(name) for completion in local)
         pending[ROUND_COLUMN].extend(round_of)
 
     def _spread(self, rewards: torch.Tensor) -> Any:
@@ -268,29 +282,29 @@ class Generation:
         return [
             Completion(
                 row=row,
-                prompt=prompts[place],
-                prompt_ids=drawn.prompt_ids[place],
-                completion_ids=drawn.completion_ids[place],
-                tool_mask=None if drawn.tool_mask is None else drawn.tool_mask[place],
-                completion=drawn.completions[place],
-                logprobs=None if drawn.logprobs is None else drawn.logprobs[place],
+                prompt=prompts[index],
+                prompt_ids=drawn.prompt_ids[index],
+                completion_ids=drawn.completion_ids[index],
+                tool_mask=None if drawn.tool_mask is None else drawn.tool_mask[index],
+                completion=drawn.completions[index],
+                logprobs=None if drawn.logprobs is None else drawn.logprobs[index],
                 columns={},
             )
-            for place, row in enumerate(rows)
+            for index, row in enumerate(rows)
         ]
 
     @staticmethod
-    def _as_drawn(mine: list[Completion]) -> CompletionBatch:
-        """Return the completions ``mine`` as the result of TRL's sampling call
+    def _as_drawn(local: list[Completion]) -> CompletionBatch:
+        """Return the completions ``local`` as the result of TRL's sampling call
         (``CompletionBatch``).
         """
-        masks = [one.tool_mask for one in mine if one.tool_mask is not None]
-        logprobs = [one.logprobs for one in mine]
+        masks = [completion.tool_mask for completion in local if completion.tool_mask is not None]
+        logprobs = [completion.logprobs for completion in local]
         return CompletionBatch(
-            prompt_ids=[one.prompt_ids for one in mine],
-            completion_ids=[one.completion_ids for one in mine],
+            prompt_ids=[completion.prompt_ids for completion in local],
+            completion_ids=[completion.completion_ids for completion in local],
             tool_mask=masks or None,
-            completions=[one.completion for one in mine],
+            completions=[completion.completion for completion in local],
             logprobs=None if logprobs[0] is None else logprobs,
             extra_fields={},
             images=None,
@@ -314,25 +328,29 @@ class Generation:
             f"{name}/discarded_tokens": self.discarded_tokens,
         }
 
-    def _warn_of_left_groups(self, empty: list[int]) -> None:
+    def _warn_of_left_groups(self, empty_groups: list[int]) -> None:
         """Warn if groups with equal rewards are left after the last round, and say why. The warning
         is printed once per run.
         """
         trainer = self.trainer
-        if not empty or trainer.left_groups_reported or not trainer.accelerator.is_main_process:
+        if (
+            not empty_groups
+            or trainer.left_groups_reported
+            or not trainer.accelerator.is_main_process
+        ):
             return
         trainer.left_groups_reported = True
-        limit = self.rounds >= self.max_rounds
-        why = (
+        limit_reached = self.rounds >= self.max_rounds
+        reason = (
             f"max_resample_times is {self.max_rounds}"
-            if limit
+            if limit_reached
             else f"all {len(trainer.training_rows)} rows of the data set were drawn"
         )
         warnings.warn(
-            f"dynamic sampling: in {len(empty)} of {self.group_count} groups all rewards are still "
-            f"equal after {self.rounds} more rounds ({why}). The model learns nothing from these "
-            "groups. In metrics.jsonl, dynamic_sampling/no_spread_after is the share of such "
-            "groups in each generation. This warning is printed once",
+            f"dynamic sampling: in {len(empty_groups)} of {self.group_count} groups all rewards "
+            f"are still equal after {self.rounds} more rounds ({reason}). The model learns nothing "
+            "from these groups. In metrics.jsonl, dynamic_sampling/no_spread_after is the share "
+            "of such groups in each generation. This warning is printed once",
             ToolkitWarning,
             stacklevel=2,
         )

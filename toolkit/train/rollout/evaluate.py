@@ -55,48 +55,48 @@ def engine_of(model: Any, tokenizer: Any) -> Any:
     if engine is not None:
         return engine
     declared = model.generation_config.eos_token_id
-    ends = {*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id}
+    end_ids = {*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id}
     return TransformersEngine(
         model,
         pad_id=tokenizer.pad_token_id,
-        end_ids={end for end in ends if end is not None},
+        end_ids={token_id for token_id in end_ids if token_id is not None},
         tokenizer=tokenizer,
     )
 
 
-def should_evaluate(config: RunConfig, asked: bool | None) -> bool:
+def should_evaluate(config: RunConfig, requested: bool | None) -> bool:
     """Return True if held-out prompts are evaluated before the first step and after the last step.
 
-    ``asked`` is True for ``--evaluate``, False for ``--no-evaluate``, and None if neither option is
-    given. For None, the result is True if the run file names held-out data and does not set
-    ``grpo.eval_strategy``. With that key, TRL evaluates during training.
+    ``requested`` is True for ``--evaluate``, False for ``--no-evaluate``, and None if neither
+    option is given. For None, the result is True if the run file names held-out data and does not
+    set ``grpo.eval_strategy``. With that key, TRL evaluates during training.
     """
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     data, environment = config.dataset, config.environment
-    given = data.eval_path is not None or data.eval_split is not None
-    given = given or (environment is not None and environment.eval_size is not None)
-    return given and "eval_strategy" not in config.grpo
+    has_held_out = data.eval_path is not None or data.eval_split is not None
+    has_held_out = has_held_out or (environment is not None and environment.eval_size is not None)
+    return has_held_out and "eval_strategy" not in config.grpo
 
 
-def describe_evaluation(config: RunConfig, asked: bool | None) -> str:
+def describe_evaluation(config: RunConfig, requested: bool | None) -> str:
     """Return a text for the first lines of the output. It says when the held-out prompts are
     evaluated.
     """
     strategy = config.grpo.get("eval_strategy", "no")
-    when = []
-    if should_evaluate(config, asked):
-        when.append(
+    times = []
+    if should_evaluate(config, requested):
+        times.append(
             "before the first step and after the last step, with one greedy completion per prompt"
         )
     if strategy == "steps":
-        when.append(f"every {config.grpo.get('eval_steps') or 1} steps")
+        times.append(f"every {config.grpo.get('eval_steps') or 1} steps")
     elif strategy == "epoch":
-        when.append("at the end of each epoch")
-    if not when:
-        return "not evaluated (grpo.eval_strategy is no)" if asked is None else "not evaluated"
-    how = " (grpo.eval_strategy: steps evaluates during training)" if strategy == "no" else ""
-    return "evaluated " + ", and ".join(when) + how
+        times.append("at the end of each epoch")
+    if not times:
+        return "not evaluated (grpo.eval_strategy is no)" if requested is None else "not evaluated"
+    hint = " (grpo.eval_strategy: steps evaluates during training)" if strategy == "no" else ""
+    return "evaluated " + ", and ".join(times) + hint
 
 
 def evaluate(  # noqa: PLR0913 - all arguments are needed

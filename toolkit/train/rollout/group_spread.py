@@ -30,9 +30,9 @@ class GroupSpread(NamedTuple):
 
 
 def spread_of(
-    rewards_BF: torch.Tensor, weights_F: torch.Tensor, group: int, aggregation: str
+    rewards_BF: torch.Tensor, weights_F: torch.Tensor, group_size: int, aggregation: str
 ) -> GroupSpread:
-    """Return the spread of the rewards in each group of ``group`` completions.
+    """Return the spread of the rewards in each group of ``group_size`` completions.
 
     ``rewards_BF`` has a row per completion and a column per reward function. The completions of a
     group are in consecutive rows. A value is NaN if the function did not score the completion.
@@ -42,10 +42,10 @@ def spread_of(
     weights_F = weights_F.detach().double().cpu()
     total_B = (rewards_BF * weights_F).nansum(dim=1)
     total_B[rewards_BF.isnan().all(dim=1)] = torch.nan
-    total_PG = total_B.view(-1, group)
+    total_PG = total_B.view(-1, group_size)
     if aggregation == NORMALIZE_PER_FUNCTION:
         used_BK = rewards_BF[:, weights_F != 0]
-        columns = [used_BK[:, k].view(-1, group) for k in range(used_BK.shape[1])]
+        columns = [used_BK[:, k].view(-1, group_size) for k in range(used_BK.shape[1])]
     else:
         columns = [total_PG]
     signal_P = torch.zeros(len(total_PG), dtype=torch.bool)

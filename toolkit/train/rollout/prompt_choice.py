@@ -30,42 +30,42 @@ place of the turn. No turn has this number, so the two kinds of seeds differ.
 """
 
 
-def check_arguments(given: Mapping[str, Any]) -> None:
-    """Check that the arguments ``given`` of a trainer can be used with dynamic sampling and the
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Check that the arguments ``arguments`` of a trainer can be used with dynamic sampling and the
     curriculum, if one of the two is on.
 
     Raises:
         ConfigValueError: an argument cannot be used with dynamic sampling or the curriculum.
     """
-    config, rows = given["args"], given.get("train_dataset")
-    on = [name for name in ("dynamic_sampling", "curriculum") if _is_enabled(config, name)]
-    if not on:
+    config, rows = arguments["args"], arguments.get("train_dataset")
+    enabled = [name for name in ("dynamic_sampling", "curriculum") if _is_enabled(config, name)]
+    if not enabled:
         return
     if rows is not None and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise ConfigValueError(
-            f"{on[0]}=True reads rows of the data set by their index, but train_dataset is a "
+            f"{enabled[0]}=True reads rows of the data set by their index, but train_dataset is a "
             "stream without indices",
             where="GRPOConfig",
-            fix=f"load the data set without streaming, or set `{on[0]}=False`",
+            fix=f"load the data set without streaming, or set `{enabled[0]}=False`",
         )
     columns = getattr(rows, "column_names", None) or ()
     clashes = {
-        "rollout_func": given.get("rollout_func") is not None,
-        "environment_factory": given.get("environment_factory") is not None,
+        "rollout_func": arguments.get("rollout_func") is not None,
+        "environment_factory": arguments.get("environment_factory") is not None,
         "images": "image" in columns or "images" in columns,
     }
-    why = {
+    reasons = {
         "rollout_func": "the additional values that it returns belong to the whole batch",
         "environment_factory": "an environment keeps the state of one completion until its reward",
         "images": "the images of a batch are read before its completions are drawn",
     }
-    found = next((name for name, there in clashes.items() if there), None)
-    if on[0] == "dynamic_sampling" and found is not None:
+    clash = next((name for name, is_set in clashes.items() if is_set), None)
+    if enabled[0] == "dynamic_sampling" and clash is not None:
         raise ConfigValueError(
             "dynamic_sampling=True draws some groups of a batch again. This does not work with "
-            f"{found}, because {why[found]}",
+            f"{clash}, because {reasons[clash]}",
             where="GRPOConfig",
-            fix=f"set `dynamic_sampling=False`, or train without {found}",
+            fix=f"set `dynamic_sampling=False`, or train without {clash}",
         )
 
 
@@ -99,31 +99,31 @@ class PromptChoice:
         order = self._order(self.trainer.completion_index.generation)
         if self.difficulty is None:
             return Generation(self.trainer, inputs, order, self.max_rounds, [])
-        accelerator, group = self.trainer.accelerator, self.trainer.num_generations
+        accelerator, group_size = self.trainer.accelerator, self.trainer.num_generations
         total = len(inputs) * accelerator.num_processes
-        chosen = [next(order) for _ in range(total // group)]
+        group_rows = [next(order) for _ in range(total // group_size)]
         first = len(inputs) * accelerator.process_index
-        mine = [chosen[place // group] for place in range(first, first + len(inputs))]
-        own = [dict(self.trainer.training_rows[row]) for row in mine]
-        return Generation(self.trainer, own, order, self.max_rounds, chosen)
+        rank_rows = [group_rows[index // group_size] for index in range(first, first + len(inputs))]
+        rank_inputs = [dict(self.trainer.training_rows[row]) for row in rank_rows]
+        return Generation(self.trainer, rank_inputs, order, self.max_rounds, group_rows)
 
     def end_generation(self, generation: Generation) -> None:
         """Log the metrics of the generation. With the curriculum, also record the spread of the
         rewards in each group (their standard deviation).
         """
-        values = generation.metrics()
+        metrics = generation.metrics()
         if self.difficulty is not None:
-            chosen = generation.group_rows[: generation.group_count]
-            repeated = self.difficulty.measured_rows(chosen)
-            values["curriculum/repeated_share"] = len(repeated) / len(chosen)
+            rows = generation.group_rows[: generation.group_count]
+            repeated = self.difficulty.measured_rows(rows)
+            metrics["curriculum/repeated_share"] = len(repeated) / len(rows)
             spreads = {
                 "curriculum/expected_spread": self.difficulty.mean_spread(repeated),
                 "curriculum/mean_spread": self.difficulty.mean_spread(),
             }
-            values |= {name: value for name, value in spreads.items() if value is not None}
+            metrics |= {name: value for name, value in spreads.items() if value is not None}
             self.difficulty.record(generation.group_rows, generation.deviations)
-            values["curriculum/measured_share"] = self.difficulty.measured_share
-        for name, value in values.items():
+            metrics["curriculum/measured_share"] = self.difficulty.measured_share
+        for name, value in metrics.items():
             self.trainer.metric_values[name].append(value)
 
     def state(self) -> dict[str, torch.Tensor] | None:
@@ -146,9 +146,9 @@ class PromptChoice:
         draws them. Each row occurs once.
         """
         seed, rows = self.trainer.args.seed, len(self.trainer.training_rows)
-        now = derive_seed(seed, generation, CHOICE_TURN)
+        order_seed = derive_seed(seed, generation, CHOICE_TURN)
         if self.difficulty is None:
-            generator = torch.Generator().manual_seed(now)
+            generator = torch.Generator().manual_seed(order_seed)
             return iter(torch.randperm(rows, generator=generator).tolist())
         assert self.curriculum_share is not None
         if self._unmeasured_order is None:
@@ -156,7 +156,7 @@ class PromptChoice:
             shuffled = self.trainer.args.shuffle_dataset
             order = torch.randperm(rows, generator=generator) if shuffled else torch.arange(rows)
             self._unmeasured_order = order.tolist()
-        return self.difficulty.draw_order(now, self._unmeasured_order, self.curriculum_share)
+        return self.difficulty.draw_order(order_seed, self._unmeasured_order, self.curriculum_share)
 
 
 def _is_enabled(config: Any, name: str) -> bool:

@@ -136,15 +136,15 @@ def sampled_distribution(trainer: TrainerSeam) -> Distribution:
     settings that the training pass can apply.
     """
     args = getattr(trainer, "args", None)
-    extra = getattr(args, "generation_kwargs", None) or {}
+    keywords = getattr(args, "generation_kwargs", None) or {}
     return Distribution(
         temperature=getattr(trainer, "temperature", 1.0),
         top_p=getattr(trainer, "top_p", 1.0),
         top_k=getattr(trainer, "top_k", 0),
         min_p=getattr(trainer, "min_p", None) or 0.0,
         repetition_penalty=getattr(trainer, "repetition_penalty", 1.0),
-        presence_penalty=extra.get("presence_penalty", 0.0),
-        frequency_penalty=extra.get("frequency_penalty", 0.0),
+        presence_penalty=keywords.get("presence_penalty", 0.0),
+        frequency_penalty=keywords.get("frequency_penalty", 0.0),
         min_p_first=sampler_name(getattr(trainer, "model", None), args) == "vllm",
     )
 
@@ -206,10 +206,13 @@ class EngineGeneration:
                 fix="remove the images from the data set",
             )
         seed, rows = self.trainer.completion_index.begin_call(prompts)
-        count = group_size(prompts, num_generations)
+        per_request = group_size(prompts, num_generations)
         with profiler or nullcontext(), rollout_phase(self.trainer, self.engine):
             rollout: Rollout = self.engine.generate(
-                prompts[::count], self.sampling_options(count), seed=seed, rows=rows[::count]
+                prompts[::per_request],
+                self.sampling_options(per_request),
+                seed=seed,
+                rows=rows[::per_request],
             )
         self.trainer.completion_index.record_completions(rows, prompts, rollout.completion_ids)
         # With sleep mode, this frees the memory of the KV cache for the training step.
@@ -240,9 +243,11 @@ def tokenize_distinct(tokenize: Callable[[list[Any]], Any], prompts: list[Any]) 
     ``tokenize`` is TRL's ``_tokenize_prompts``. If there are images or other fields, it is called
     with all prompts.
     """
-    starts = [at for at, prompt in enumerate(prompts) if at == 0 or prompt != prompts[at - 1]]
+    starts = [
+        index for index, prompt in enumerate(prompts) if index == 0 or prompt != prompts[index - 1]
+    ]
     if len(starts) < len(prompts):
-        ids, images, fields = tokenize([prompts[at] for at in starts])
+        ids, images, fields = tokenize([prompts[index] for index in starts])
         if images is None and not fields:
             ends = [*starts[1:], len(prompts)]
             sizes = [end - start for start, end in zip(starts, ends, strict=True)]
@@ -285,9 +290,9 @@ class TransformersGeneration:
         sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(
             trainer, "is_deepspeed_enabled", False
         )
-        elsewhere = sharded or getattr(trainer, "use_transformers_continuous_batching", False)
+        trl_generates = sharded or getattr(trainer, "use_transformers_continuous_batching", False)
         config = getattr(trainer, "generation_config", None)
-        if images is not None or multimodal_fields or elsewhere or config is None:
+        if images is not None or multimodal_fields or trl_generates or config is None:
             return False
         return supports_row_seeds(config)
 
@@ -297,26 +302,26 @@ class TransformersGeneration:
         seed, rows = trainer.completion_index.begin_call(prompts)
         model = unwrapped(trainer, trainer.model)
         config, strings = self._config()
-        longest = getattr(model, "max_seq_length", None)
-        if longest is not None:
-            shortest = min(map(len, prompts))
-            config.max_new_tokens = min(config.max_new_tokens, max(1, longest - shortest))
+        max_length = getattr(model, "max_seq_length", None)
+        if max_length is not None:
+            shortest_prompt = min(map(len, prompts))
+            config.max_new_tokens = min(config.max_new_tokens, max(1, max_length - shortest_prompt))
 
-        def run(part: BatchPart) -> Rollout:
+        def generate_part(part: BatchPart) -> Rollout:
             seeds = [request_seed(seed, row) for row in part.rows]
             stop = StopStrings(trainer.text_tokenizer, strings) if strings else None
-            more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
-            sampled_BT, _ = sample_completions(model, part.prompts, config, seeds, more)
-            most = (
+            options = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
+            sampled_BT, _ = sample_completions(model, part.prompts, config, seeds, options)
+            max_tokens = (
                 None
-                if longest is None
-                else max_completion_lengths(part.prompts, len(part.prompts), longest)
+                if max_length is None
+                else max_completion_lengths(part.prompts, len(part.prompts), max_length)
             )
-            ids = truncate_completions(sampled_BT, trainer.eos_token_ids, stop, most)
+            ids = truncate_completions(sampled_BT, trainer.eos_token_ids, stop, max_tokens)
             return Rollout([list(prompt) for prompt in part.prompts], ids, None, None)
 
         rollout, trainer.rows_at_once = generate_in_parts(
-            run,
+            generate_part,
             BatchPart(prompts, rows, n=1),
             trainer.rows_at_once,
             max_num_seqs=len(prompts),

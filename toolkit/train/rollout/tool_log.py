@@ -55,16 +55,16 @@ class ToolCall:
 
     def rows(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the row of this call for tool_calls.jsonl, and its row for tool_timings.jsonl."""
-        which = {
+        key = {
             "step": step,
             "completion": self.completion,
             "turn": self.turn,
             "call": self.number,
             "tool": safe_text(self.tool, 200),
         }
-        said = {"arguments": to_safe_json(self.arguments), "failed": self.failed}
+        outcome = {"arguments": to_safe_json(self.arguments), "failed": self.failed}
         result = safe_text(self.result, MAX_RESULT_CHARACTERS)
-        return {**which, **said, "result": result}, {**which, "time_s": round(self.time_s, 4)}
+        return {**key, **outcome, "result": result}, {**key, "time_s": round(self.time_s, 4)}
 
 
 class ToolLog:
@@ -94,8 +94,8 @@ class ToolLog:
         """Gather the ``calls`` of all ranks, and keep them until ``write``. Every rank must call
         this method.
         """
-        found = gather_object(calls)
-        self._calls += sorted(found, key=lambda call: (call.completion, call.turn, call.number))
+        all_calls = gather_object(calls)
+        self._calls += sorted(all_calls, key=lambda call: (call.completion, call.turn, call.number))
 
     def write(self, journal: Journal, step: int) -> None:
         """Append the collected calls to the log files of the run. Raises OSError."""
@@ -119,10 +119,14 @@ class _RecordedTools(dict[str, Any]):
         tools: Mapping[str, Any],
         calls: list[ToolCall],
         messages: list[Any],
-        place: tuple[int, int],
+        step_and_completion: tuple[int, int],
     ) -> None:
         super().__init__(tools)
-        self._calls, self._messages, self._step_and_completion = calls, messages, place
+        self._calls, self._messages, self._step_and_completion = (
+            calls,
+            messages,
+            step_and_completion,
+        )
         self._last_call = (0, 0)
 
     def __contains__(self, name: object) -> bool:
@@ -137,7 +141,7 @@ class _RecordedTools(dict[str, Any]):
         self._calls.append(call)
         tool = self.get(name)
 
-        def made(**arguments: Any) -> str:
+        def run_tool(**arguments: Any) -> str:
             call.arguments = arguments
             begin = perf_counter()
             failed, text = run_on_first(
@@ -151,17 +155,17 @@ class _RecordedTools(dict[str, Any]):
                 raise CallFailed(text)
             return str(text)
 
-        return made
+        return run_tool
 
 
-def _call_tool(tool: Tool | None, call: ToolCall, place: tuple[int, ...]) -> tuple[Any, str]:
+def _call_tool(tool: Tool | None, call: ToolCall, position: tuple[int, ...]) -> tuple[Any, str]:
     """Call ``tool`` with the arguments of ``call``. Return (whether the call failed, answer to the
     model). If the run must end, return (exception, "") instead.
     """
     if tool is None:
         return True, f"Tool {call.tool} not found."
     try:
-        return False, tool.answer(call.arguments, place)
+        return False, tool.answer(call.arguments, position)
     except CallFailed as error:
         return True, str(error)
     except StopRun as error:

@@ -53,11 +53,11 @@ class Tool(dict[str, Any]):
     """
 
     def __init__(
-        self, schema: Mapping[str, Any], ask: Callable[[Mapping[str, Any], CallPosition], str]
+        self, schema: Mapping[str, Any], answer: Callable[[Mapping[str, Any], CallPosition], str]
     ) -> None:
         super().__init__(schema)
         self.__name__ = str(schema["function"]["name"])
-        self.answer = ask
+        self.answer = answer
 
     def __call__(self, /, **arguments: Any) -> str:
         return self.answer(arguments, ())
@@ -87,50 +87,53 @@ def load_tools(config: RunConfig, worker: WorkerProcess | None) -> list[Tool]:
         config.tools.on_error, config.tools.timeout_s, int(config.grpo.get("seed", 0))
     )
     allowed = config.runtime.allow_code
-    made = []
+    tools = []
     for name in config.tools.functions:
         if worker is None:
             local = LocalTool(name, allowed, folder)
-            made.append(
+            tools.append(
                 Tool(local.schema, _with_failure_policy(name, policy, _answer_here(local, policy)))
             )
             continue
         request = {"what": "tool", "name": name, "allow_code": list(allowed)}
         loaded = _load_in_worker(worker, f"tool {name}", {**request, "folder": str(folder)})
-        there = _answer_in_worker(worker, loaded["tool"], policy)
-        made.append(Tool(loaded["schema"], _with_failure_policy(name, policy, there)))
-    _refuse_duplicate_names(made)
-    return made
+        answer = _answer_in_worker(worker, loaded["tool"], policy)
+        tools.append(Tool(loaded["schema"], _with_failure_policy(name, policy, answer)))
+    _refuse_duplicate_names(tools)
+    return tools
 
 
-def _refuse_duplicate_names(made: list[Tool]) -> None:
-    names = [tool.__name__ for tool in made]
-    twin = next((name for name in names if names.count(name) > 1), None)
-    if twin is not None:
+def _refuse_duplicate_names(tools: list[Tool]) -> None:
+    names = [tool.__name__ for tool in tools]
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
         raise ConfigError(
-            f"two tools are called {twin}, but the model identifies a tool only by its name",
+            f"two tools are called {duplicate}, but the model identifies a tool only by its name",
             where=TOOLS_KEY,
             fix="rename one of the functions",
         )
 
 
-def _load_in_worker(worker: WorkerProcess, what: str, request: dict[str, Any]) -> dict[str, Any]:
+def _load_in_worker(
+    worker: WorkerProcess, described: str, request: dict[str, Any]
+) -> dict[str, Any]:
     try:
-        found = worker.load(request)
+        reply = worker.load(request)
     except WorkerFailed as error:
         raise ConfigError(
-            f"{what} cannot be used, because the import of its module failed: the module {error}",
+            f"{described} cannot be used, because the import of its module failed: the module "
+            f"{error}",
             where=TOOLS_KEY,
             fix=NO_ISOLATION_FIX,
         ) from error
-    if "misbehaved" in found:
+    if "misbehaved" in reply:
         raise ConfigError(
-            f"{what} cannot be used, because the import of its module failed: the module "
-            f"{found['misbehaved'][0]}",
+            f"{described} cannot be used, because the import of its module failed: the module "
+            f"{reply['misbehaved'][0]}",
             where=TOOLS_KEY,
         )
-    request["schema"] = found["schema"]  # the worker uses the request again after a restart
-    return found
+    request["schema"] = reply["schema"]  # the worker uses the request again after a restart
+    return reply
 
 
 def _answer_here(
@@ -140,29 +143,34 @@ def _answer_here(
 
 
 def _answer_in_worker(
-    worker: WorkerProcess, number: int, policy: ToolPolicy
+    worker: WorkerProcess, tool_number: int, policy: ToolPolicy
 ) -> Callable[[Mapping[str, Any], CallPosition], str]:
-    def ask(arguments: Mapping[str, Any], place: CallPosition) -> str:
-        request = {"do": "tool", "tool": number, "arguments": dict(arguments), "place": place}
+    def answer(arguments: Mapping[str, Any], position: CallPosition) -> str:
+        request = {
+            "do": "tool",
+            "tool": tool_number,
+            "arguments": dict(arguments),
+            "place": position,
+        }
         return str(ask_worker(worker, {**request, "seed": policy.seed}, policy.timeout_s)["value"])
 
-    return ask
+    return answer
 
 
 def ask_worker(
-    worker: WorkerProcess, request: dict[str, Any], seconds: float | None
+    worker: WorkerProcess, request: dict[str, Any], timeout_s: float | None
 ) -> dict[str, Any]:
-    """Send ``request`` to the worker and return its reply. ``seconds`` is the time limit of the
+    """Send ``request`` to the worker and return its reply. ``timeout_s`` is the time limit of the
     call.
 
     Raises InvalidToolCall if the arguments are wrong, UserCodeFailed if the user's code failed, and
     ToolkitError.
     """
-    limit = None if seconds is None else seconds + RemoteReward.reply_grace_s
+    kill_after_s = None if timeout_s is None else timeout_s + RemoteReward.reply_grace_s
     try:
-        reply = worker.call({**request, "seconds": seconds}, limit)
+        reply = worker.call({**request, "seconds": timeout_s}, kill_after_s)
     except OutOfTime:
-        raise UserCodeFailed(Failure(f"took longer than {seconds:g} s")) from None
+        raise UserCodeFailed(Failure(f"took longer than {timeout_s:g} s")) from None
     except WorkerFailed as error:
         raise UserCodeFailed(Failure(str(error))) from error
     except ToolkitError:
@@ -177,34 +185,34 @@ def ask_worker(
 
 
 def _with_failure_policy(
-    name: str, policy: ToolPolicy, ask: Callable[[Mapping[str, Any], CallPosition], str]
+    name: str, policy: ToolPolicy, answer: Callable[[Mapping[str, Any], CallPosition], str]
 ) -> Callable[[Mapping[str, Any], CallPosition], str]:
-    """Return a function that calls ``ask`` and treats a failure as ``tools.on_error`` of the run
+    """Return a function that calls ``answer`` and treats a failure as ``tools.on_error`` of the run
     file requires.
 
     It raises CallFailed, whose text becomes the answer to the model, or StopRun, which ends the
     run. Wrong arguments of the model always raise CallFailed.
     """
 
-    def call(arguments: Mapping[str, Any], place: CallPosition) -> str:
+    def call(arguments: Mapping[str, Any], position: CallPosition) -> str:
         try:
-            return ask(arguments, place)
+            return answer(arguments, position)
         except InvalidToolCall as error:
             raise CallFailed(str(error)) from error
         except UserCodeFailed as error:
-            what = error.failure.description
+            failure = error.failure.description
             if policy.on_error == "fail":
-                longer = " raise tools.timeout_s," if "took longer than" in what else ""
-                said = json.dumps(dict(arguments), ensure_ascii=False, default=str)[:500]
+                timeout_hint = " raise tools.timeout_s," if "took longer than" in failure else ""
+                shown_arguments = json.dumps(dict(arguments), ensure_ascii=False, default=str)[:500]
                 raise StopRun(
                     ConfigError(
-                        f"tool {name} {what}\n  arguments of the call: {said}",
+                        f"tool {name} {failure}\n  arguments of the call: {shown_arguments}",
                         where=TOOLS_KEY,
-                        fix=f"correct the function,{longer} or set `tools.on_error: answer`. The "
-                        "model then reads the error, and the run continues",
+                        fix=f"correct the function,{timeout_hint} or set `tools.on_error: answer`. "
+                        "The model then reads the error, and the run continues",
                     )
                 ) from error
-            raise CallFailed(what) from error
+            raise CallFailed(failure) from error
 
     return call
 
@@ -236,11 +244,11 @@ class Episode:
         self._total_reward, self._has_ended, self._fault = 0.0, False, None
         self._seed = json.loads(row["problem"])["seed"]
         prompt = row["prompt"]
-        last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        seen = self._advance(None)
-        if seen is not None and not last.endswith(seen["text"]):
-            what = f"returned another first observation for the seed {self._seed} than before"
-            self._fault = Failure(what, seen["text"][:200])
+        last_text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        observation = self._advance(None)
+        if observation is not None and not last_text.endswith(observation["text"]):
+            problem = f"returned another first observation for the seed {self._seed} than before"
+            self._fault = Failure(problem, observation["text"][:200])
 
     def step(self) -> None:
         """Never called. TRL needs a method with this name in the class. In each object, the
@@ -261,13 +269,20 @@ class Episode:
             raise CallFailed(f"the environment {self._fault.description}")
         if self._has_ended:
             raise CallFailed("the episode has ended")
-        seen = self._advance(dict(arguments))
-        if seen is None:
+        observation = self._advance(dict(arguments))
+        if observation is None:
             assert self._fault is not None
             raise CallFailed(f"the environment {self._fault.description}")
         self._past_actions.append(dict(arguments))
-        self._total_reward, self._has_ended = self._total_reward + seen["reward"], seen["done"]
-        return f"{seen['text']}\n(the episode has ended)" if self._has_ended else str(seen["text"])
+        self._total_reward, self._has_ended = (
+            self._total_reward + observation["reward"],
+            observation["done"],
+        )
+        return (
+            f"{observation['text']}\n(the episode has ended)"
+            if self._has_ended
+            else str(observation["text"])
+        )
 
     def _advance(self, arguments: dict[str, Any] | None) -> dict[str, Any] | None:
         request = {
@@ -291,16 +306,18 @@ class EpisodeHost:
     ``worker``, the worker process.
     """
 
-    def __init__(self, code: EnvironmentCode, worker: WorkerProcess, seconds: float | None) -> None:
+    def __init__(
+        self, code: EnvironmentCode, worker: WorkerProcess, timeout_s: float | None
+    ) -> None:
         """Load the class of the environment.
 
         Raises:
             ConfigError: the class does not exist, is not allowed, or cannot be used.
         """
-        what = f"environment {code.task}"
-        loaded = _load_in_worker(worker, what, {**code.to_request(), "what": "episodes"})
+        described = f"environment {code.task}"
+        loaded = _load_in_worker(worker, described, {**code.to_request(), "what": "episodes"})
         self._number, self.schema = loaded["episodes"], loaded["schema"]
-        self._worker, self._seconds, self._slots = worker, seconds, 0
+        self._worker, self._seconds, self._slots = worker, timeout_s, 0
 
     def __call__(self) -> Episode:
         self._slots += 1
@@ -310,5 +327,5 @@ class EpisodeHost:
         """Return the environment's reply to one request of an episode: the next observation, the
         reward, and whether the episode has ended. Raises InvalidToolCall and UserCodeFailed.
         """
-        named = {"do": "episode", "episodes": self._number, "place": (request["number"],)}
-        return ask_worker(self._worker, {**request, **named}, self._seconds)
+        call_keys = {"do": "episode", "episodes": self._number, "place": (request["number"],)}
+        return ask_worker(self._worker, {**request, **call_keys}, self._seconds)

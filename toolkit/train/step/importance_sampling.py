@@ -52,8 +52,8 @@ class Disagreement:
         sums = torch.stack(
             [gap.sum(), gap.new_tensor(gap.numel()), ratio.sum(), gap.new_tensor(ratio.numel())]
         )
-        floor = gap.new_tensor([-math.inf])  # so that an empty tensor has a maximum too
-        extremes = torch.stack([torch.cat([x, floor]).max() for x in (gap, ratio, -ratio)])
+        least = gap.new_tensor([-math.inf])  # so that an empty tensor has a maximum too
+        extremes = torch.stack([torch.cat([x, least]).max() for x in (gap, ratio, -ratio)])
         if self.sums is None or self.extremes is None:
             self.sums, self.extremes = sums.double(), extremes
         else:
@@ -90,16 +90,16 @@ def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def token_gaps(
-    logps: torch.Tensor, inputs: Mapping[str, Any], computed: torch.Tensor | None = None
+    logps: torch.Tensor, inputs: Mapping[str, Any], counted: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The gap |trainer - engine| in nats for each sampled token, one-dimensional.
 
     ``logps`` (B, T) are the log-probabilities of the trainer. Tokens that the engine could not
-    score are excluded, and so are tokens that are False in ``computed`` (B, T, bool).
+    score are excluded, and so are tokens that are False in ``counted`` (B, T, bool).
     """
     delta: torch.Tensor = (logps - inputs["sampling_per_token_logps"]).abs()
-    computed = loss_mask(inputs).bool() if computed is None else computed
-    return delta[computed & ~torch.isnan(delta)]
+    counted = loss_mask(inputs).bool() if counted is None else counted
+    return delta[counted & ~torch.isnan(delta)]
 
 
 def importance_ratio(
@@ -148,18 +148,21 @@ def has_dropout(trainer: TrainerSeam) -> bool:
 
 
 def record_gaps(
-    trainer: TrainerSeam, logps: torch.Tensor, inputs: dict[str, Any], skipped: Iterable[int] = ()
+    trainer: TrainerSeam,
+    logps: torch.Tensor,
+    inputs: dict[str, Any],
+    skipped_rows: Iterable[int] = (),
 ) -> None:
     """Record the gaps of one micro-batch. ``logps`` are the log-probabilities from the forward pass
     of training.
 
-    The importance weights, which TRL's loss reads, are added to ``inputs``. ``skipped`` are the
-    indices of rows that the forward pass left out. The metrics exclude these rows.
+    The importance weights, which TRL's loss reads, are added to ``inputs``. ``skipped_rows`` are
+    the indices of rows that the forward pass left out. The metrics exclude these rows.
     """
     logps = logps.detach()
     ratio = None
     rows_B = torch.ones(len(logps), dtype=torch.bool, device=logps.device)
-    rows_B[sorted(skipped)] = False
+    rows_B[sorted(skipped_rows)] = False
     computed = loss_mask(inputs).bool() & rows_B[:, None]
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
         ratio = importance_ratio(trainer, logps, inputs)
@@ -229,8 +232,8 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
     if not means or trainer.gap_reported or trainer.collapse_reported:
         return
     engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
-    exact = getattr(engine, "dtype", None) is torch.float32
-    limit = MAX_GAP_FLOAT32 if exact else MAX_GAP_16_BIT
+    is_float32 = getattr(engine, "dtype", None) is torch.float32
+    limit = MAX_GAP_FLOAT32 if is_float32 else MAX_GAP_16_BIT
     mean = sum(means) / len(means)
     if mean <= limit or _unapplied_options(trainer) or not trainer.accelerator.is_main_process:
         return

@@ -92,11 +92,11 @@ class TokenHistory:
     """
 
     def __init__(
-        self, ids_BL: torch.Tensor, real_BL: torch.Tensor, starts_B: torch.Tensor, vocab: int
+        self, ids_BL: torch.Tensor, real_BL: torch.Tensor, starts_B: torch.Tensor, vocab_size: int
     ) -> None:
-        self._ids_BL, self._vocab = ids_BL, vocab
-        places_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
-        self._drawn_BL = real_BL & (places_L >= starts_B[:, None])
+        self._ids_BL, self._vocab = ids_BL, vocab_size
+        positions_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        self._drawn_BL = real_BL & (positions_L >= starts_B[:, None])
         self._first_BV = self._first_positions(real_BL)
         self._first_drawn_BV = self._first_positions(self._drawn_BL)
 
@@ -107,30 +107,30 @@ class TokenHistory:
         occur.
         """
         rows, length = self._ids_BL.shape
-        places_L = torch.arange(length, dtype=torch.int32, device=self._ids_BL.device)
-        places_BL = torch.where(counted_BL, places_L, length).to(torch.int32)
-        first_BV = places_BL.new_full((rows, self._vocab), length)
-        return first_BV.scatter_reduce_(1, self._ids_BL, places_BL, "amin")
+        positions_L = torch.arange(length, dtype=torch.int32, device=self._ids_BL.device)
+        positions_BL = torch.where(counted_BL, positions_L, length).to(torch.int32)
+        first_BV = positions_BL.new_full((rows, self._vocab), length)
+        return first_BV.scatter_reduce_(1, self._ids_BL, positions_BL, "amin")
 
-    def seen_mask(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+    def seen_mask(self, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         """Return an (N, V) bool tensor: whether a token of the vocabulary occurs in the prompt, or
         in the completion before position ``positions_N``.
         """
-        return self._first_BV[rows_N] < places_N[:, None]
+        return self._first_BV[rows_N] < positions_N[:, None]
 
-    def drawn_mask(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+    def drawn_mask(self, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         """Return an (N, V) bool tensor: whether a token of the vocabulary occurs in the completion
         before position ``positions_N``.
         """
-        return self._first_drawn_BV[rows_N] < places_N[:, None]
+        return self._first_drawn_BV[rows_N] < positions_N[:, None]
 
-    def drawn_counts(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+    def drawn_counts(self, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         """Return an (N, V) float32 tensor: how often a token of the vocabulary occurs in the
         completion before position ``positions_N``.
         """
-        places_L = torch.arange(self._ids_BL.shape[1], device=places_N.device)
-        counted_NL = self._drawn_BL[rows_N] & (places_L < places_N[:, None])
-        counts_NV = torch.zeros(len(rows_N), self._vocab, device=places_N.device)
+        positions_L = torch.arange(self._ids_BL.shape[1], device=positions_N.device)
+        counted_NL = self._drawn_BL[rows_N] & (positions_L < positions_N[:, None])
+        counts_NV = torch.zeros(len(rows_N), self._vocab, device=positions_N.device)
         return counts_NV.scatter_add_(1, self._ids_BL[rows_N], counted_NL.float())
 
 
@@ -148,22 +148,22 @@ def score_tokens(
     logits_NV: torch.Tensor,
     tokens_N: torch.Tensor,
     distribution: Distribution,
-    places: TokenPositions | None = None,
+    positions: TokenPositions | None = None,
 ) -> TokenScores:
     """The log-probabilities of ``tokens_N`` (int64) and the entropies, differentiable with respect
     to the logits.
 
     ``logits_NV`` are the logits of the model in any float dtype. The computation is in float32.
-    ``places`` is needed only for penalties.
+    ``positions`` is needed only for penalties.
 
     Raises:
-        ValueError: the distribution has penalties, but ``places`` is None.
+        ValueError: the distribution has penalties, but ``positions`` is None.
     """
     logits_NV = logits_NV.float()
     if distribution.penalizes:
-        if places is None:
-            raise ValueError("penalties depend on earlier tokens: pass ``places``")
-        logits_NV = apply_penalties(logits_NV, distribution, places)
+        if positions is None:
+            raise ValueError("penalties depend on earlier tokens: pass ``positions``")
+        logits_NV = apply_penalties(logits_NV, distribution, positions)
     if distribution.temperature != 1:
         logits_NV = logits_NV / distribution.temperature
     if distribution.truncates:
@@ -178,21 +178,25 @@ def score_tokens(
 
 
 def apply_penalties(
-    logits_NV: torch.Tensor, distribution: Distribution, places: TokenPositions
+    logits_NV: torch.Tensor, distribution: Distribution, positions: TokenPositions
 ) -> torch.Tensor:
     """The logits after the repetition, frequency and presence penalties, in vLLM's order.
 
     transformers has only the repetition penalty.
     """
-    texts, where = places.history, (places.rows_N, places.positions_N)
+    history, rows_and_positions = positions.history, (positions.rows_N, positions.positions_N)
     factor = distribution.repetition_penalty
     if factor != 1:
         penalized_NV = torch.where(logits_NV > 0, logits_NV / factor, logits_NV * factor)
-        logits_NV = torch.where(texts.seen_mask(*where), penalized_NV, logits_NV)
+        logits_NV = torch.where(history.seen_mask(*rows_and_positions), penalized_NV, logits_NV)
     if distribution.frequency_penalty != 0:
-        logits_NV = logits_NV - distribution.frequency_penalty * texts.drawn_counts(*where)
+        logits_NV = logits_NV - distribution.frequency_penalty * history.drawn_counts(
+            *rows_and_positions
+        )
     if distribution.presence_penalty != 0:
-        logits_NV = logits_NV - distribution.presence_penalty * texts.drawn_mask(*where)
+        logits_NV = logits_NV - distribution.presence_penalty * history.drawn_mask(
+            *rows_and_positions
+        )
     return logits_NV
 
 
@@ -211,25 +215,25 @@ def kept_mask(logits_NV: torch.Tensor, distribution: Distribution) -> torch.Tens
     min_p = (distribution.min_p > 0, lambda x: _min_p(x, distribution.min_p))
     steps.insert(0 if distribution.min_p_first else len(steps), min_p)
     kept_NV = torch.ones_like(logits_NV, dtype=torch.bool)
-    for wanted, step in steps:
-        if wanted:
+    for is_used, step in steps:
+        if is_used:
             kept_NV &= step(logits_NV)
             logits_NV = logits_NV.masked_fill(~kept_NV, -torch.inf)
     return kept_NV
 
 
-def _min_p(logits_NV: torch.Tensor, least: float) -> torch.Tensor:
+def _min_p(logits_NV: torch.Tensor, min_p: float) -> torch.Tensor:
     probabilities_NV = torch.softmax(logits_NV, -1)
-    return probabilities_NV >= probabilities_NV.amax(-1, keepdim=True) * least
+    return probabilities_NV >= probabilities_NV.amax(-1, keepdim=True) * min_p
 
 
-def _top_k(logits_NV: torch.Tensor, count: int) -> torch.Tensor:
-    count = min(count, logits_NV.shape[1])
-    return logits_NV >= torch.topk(logits_NV, count).values[:, -1:]
+def _top_k(logits_NV: torch.Tensor, top_k: int) -> torch.Tensor:
+    top_k = min(top_k, logits_NV.shape[1])
+    return logits_NV >= torch.topk(logits_NV, top_k).values[:, -1:]
 
 
-def _top_p(logits_NV: torch.Tensor, mass: float) -> torch.Tensor:
+def _top_p(logits_NV: torch.Tensor, top_p: float) -> torch.Tensor:
     sorted_NV, order_NV = logits_NV.sort(-1)
-    below_NV = torch.softmax(sorted_NV, -1).cumsum(-1) <= 1 - mass
+    below_NV = torch.softmax(sorted_NV, -1).cumsum(-1) <= 1 - top_p
     below_NV[:, -1] = False  # the most likely token is kept
     return torch.ones_like(below_NV).scatter_(1, order_NV, ~below_NV)

@@ -62,35 +62,35 @@ def reason_against_packs(model: Any) -> str | None:
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__name__} is not a transformers model"
     config = model.config.get_text_config()
-    plain = str(config._attn_implementation).removeprefix(packed_attention.NAME_PREFIX)
-    if plain not in packed_attention.SUPPORTED_FUNCTIONS:
-        return f"packs do not support attn_implementation {plain}"
+    attention = str(config._attn_implementation).removeprefix(packed_attention.NAME_PREFIX)
+    if attention not in packed_attention.SUPPORTED_FUNCTIONS:
+        return f"packs do not support attn_implementation {attention}"
     if not model._can_set_attn_implementation():
         return f"{type(model).__name__} does not use transformers' attention interface"
-    others = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
-    if others:
-        return f"packs do not support the model's layers of type {', '.join(sorted(others))}"
+    unsupported = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
+    if unsupported:
+        return f"packs do not support the model's layers of type {', '.join(sorted(unsupported))}"
     return None
 
 
-def install_packed_attention(model: Any, padded: Callable[..., Any]) -> str | None:
+def install_packed_attention(model: Any, padded_pass: Callable[..., Any]) -> str | None:
     """Install packed attention on ``model``, and compare its results once with TRL's padded pass
-    ``padded``.
+    ``padded_pass``.
 
     Return the reason why packs cannot be used, or None if packs can be used. ``model`` must not be
     wrapped. The returned value is stored on the model, so that a second call does not compare
     again.
     """
-    known: str | None
+    stored_reason: str | None
     if "toolkit_packed_refusal" in model.__dict__:
-        known = model.__dict__["toolkit_packed_refusal"]
-        return known
+        stored_reason = model.__dict__["toolkit_packed_refusal"]
+        return stored_reason
     reason = reason_against_packs(model)
     if reason is None:
         config = model.config.get_text_config()
         packed_attention.register_packed_attention()
         model.set_attn_implementation(packed_attention.NAME_PREFIX + config._attn_implementation)
-        reason = _difference_from_padded(model, padded)
+        reason = _difference_from_padded(model, padded_pass)
     model.__dict__["toolkit_packed_refusal"] = reason
     return reason
 
@@ -104,17 +104,21 @@ def _probe_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, t
     mask = torch.zeros_like(ids)
     tokens = (torch.arange(100) * 7919 + 13) % vocabulary
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        begin = widths[0] - prompt
-        first = 0 if row < 2 else 20
-        ids[row, begin : widths[0]] = tokens[first : first + prompt]
-        at = 40 + 10 * row
-        ids[row, widths[0] : widths[0] + completion] = tokens[at : at + completion]
-        mask[row, begin : widths[0] + completion] = 1
+        prompt_start = widths[0] - prompt
+        first_prompt_token = 0 if row < 2 else 20
+        ids[row, prompt_start : widths[0]] = tokens[
+            first_prompt_token : first_prompt_token + prompt
+        ]
+        first_completion_token = 40 + 10 * row
+        ids[row, widths[0] : widths[0] + completion] = tokens[
+            first_completion_token : first_completion_token + completion
+        ]
+        mask[row, prompt_start : widths[0] + completion] = 1
     return ids.to(device), mask.to(device), widths[1]
 
 
 @torch.no_grad()
-def _difference_from_padded(model: Any, padded: Callable[..., Any]) -> str | None:
+def _difference_from_padded(model: Any, padded_pass: Callable[..., Any]) -> str | None:
     """Compare the packed and the padded pass on a small batch. Return a text that says how the
     results differ, or None if they agree.
 
@@ -122,37 +126,37 @@ def _difference_from_padded(model: Any, padded: Callable[..., Any]) -> str | Non
     left out. Rounding changes them far less. Therefore the limit for the difference is a fraction
     of the change that leaving out the prompts causes.
     """
-    training = model.training
+    was_training = model.training
     model.eval()
     try:
         ids, mask, width = _probe_batch(model.config.get_text_config().vocab_size, model.device)
         rows = packing.read_rows(ids, mask, width)
-        wanted = mask[:, -width:].bool()
-        theirs = padded(model, ids, mask, width)[0]
-        alone = [row._replace(prompt=row.prompt[-1:]) for row in rows]
-        without, _ = _logps(model, alone, ids[:, -width:], wanted)
-        ours, layout = _logps(model, rows, ids[:, -width:], wanted)
-        missing = _missing_windows(model, layout)
+        scored = mask[:, -width:].bool()
+        padded_logps = padded_pass(model, ids, mask, width)[0]
+        rows_without_prompt = [row._replace(prompt=row.prompt[-1:]) for row in rows]
+        promptless_logps, _ = _logps(model, rows_without_prompt, ids[:, -width:], scored)
+        packed_logps, layout = _logps(model, rows, ids[:, -width:], scored)
+        window_problem = _missing_windows(model, layout)
     except (TypeError, ValueError, RuntimeError, AttributeError) as problem:
         if is_out_of_memory(problem):
             raise
         return f"the model fails on a pack ({type(problem).__name__}: {problem})"
     finally:
-        model.train(training)
-    distance = float((ours - theirs)[wanted].abs().max())
-    effect = float((without - theirs)[wanted].abs().max())
-    if distance > max(_ROUNDING_NATS, _MAX_DIFFERENCE_SHARE * effect):
-        return f"log-probabilities of packed and padded batches differ by {distance:.2g} nats"
-    return missing
+        model.train(was_training)
+    difference = float((packed_logps - padded_logps)[scored].abs().max())
+    effect = float((promptless_logps - padded_logps)[scored].abs().max())
+    if difference > max(_ROUNDING_NATS, _MAX_DIFFERENCE_SHARE * effect):
+        return f"log-probabilities of packed and padded batches differ by {difference:.2g} nats"
+    return window_problem
 
 
 def _logps(
-    model: Any, rows: Sequence[Row], completions_BT: torch.Tensor, wanted_BT: torch.Tensor
+    model: Any, rows: Sequence[Row], completions_BT: torch.Tensor, scored_BT: torch.Tensor
 ) -> tuple[torch.Tensor, PackedLayout]:
     """The log-probabilities (B, T) from one pack of ``rows``, and the layout of the pack. The
     layout records the sliding windows that the layers passed to the attention function.
     """
-    pack = packing.build_pack(rows, completions_BT, wanted_BT)
+    pack = packing.build_pack(rows, completions_BT, scored_BT)
     assert pack is not None
     shape = (completions_BT.shape[0], completions_BT.shape[1])
     logps = packing.scatter_to_padded(packing.forward_pack(model, pack).log_probs, pack, shape)
@@ -167,57 +171,58 @@ def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
     the mask, and does not pass it to the attention function.
     """
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        expected = list(kinds).count("sliding_attention")
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        expected = list(layer_types).count("sliding_attention")
     else:
-        used = getattr(config, "use_sliding_window", True)
+        is_used = getattr(config, "use_sliding_window", True)
         window = getattr(config, "sliding_window", None)
-        expected = config.num_hidden_layers if used and window is not None else 0
-    found = sum(window is not None for window in layout.windows.values())
-    if found >= expected:
+        expected = config.num_hidden_layers if is_used and window is not None else 0
+    passed = sum(window is not None for window in layout.windows.values())
+    if passed >= expected:
         return None
-    return f"{expected - found} layers do not pass their sliding window to the attention function"
+    return f"{expected - passed} layers do not pass their sliding window to the attention function"
 
 
 def score_batch(
     model: Any,
     batch: tuple[torch.Tensor, torch.Tensor, int],
     scope: LossScope,
-    limit: int | None,
+    max_tokens: int | None,
     *,
-    own_head: bool = False,
+    head_replaced: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The log-probabilities and entropies (B, T) of ``batch``, which is (``input_ids``,
     ``attention_mask``, completion width). They are 0 for tokens that are not scored.
 
-    ``limit`` is the maximum number of tokens per pass. If ``limit`` is None, the whole batch is
-    computed in one pass, so that a gradient can be computed. ``own_head`` must be True if
-    ``sampled_head`` has replaced the head of the model. Returns None if there is nothing to score.
+    ``max_tokens`` is the maximum number of tokens per pass. If ``max_tokens`` is None, the whole
+    batch is computed in one pass, so that a gradient can be computed. ``head_replaced`` must be
+    True if ``sampled_head`` has replaced the head of the model. Returns None if there is nothing to
+    score.
     """
     input_ids, attention_mask, width = batch
     completions = input_ids[:, -width:]
-    wanted = attention_mask[:, -width:].bool()
+    scored = attention_mask[:, -width:].bool()
     if scope.scored_BT is not None:
-        wanted = wanted & scope.scored_BT.bool()
+        scored = scored & scope.scored_BT.bool()
     rows = [
         row
         for row in packing.read_rows(input_ids, attention_mask, width)
         if row.number not in scope.skipped
     ]
-    parts = [rows] if limit is None else packing.split_rows(rows, limit)
+    parts = [rows] if max_tokens is None else packing.split_rows(rows, max_tokens)
     shape = (input_ids.shape[0], width)
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    pack_scores: list[tuple[torch.Tensor, torch.Tensor]] = []
     for part in parts:
-        pack = packing.build_pack(part, completions, wanted)
+        pack = packing.build_pack(part, completions, scored)
         if pack is not None:
-            output = packing.forward_pack(model, pack, batch if own_head else None)
+            output = packing.forward_pack(model, pack, batch if head_replaced else None)
             logps = packing.scatter_to_padded(output.log_probs, pack, shape)
             if output.entropy is None:  # the head of a separate reference model computes none
-                found.append((logps, torch.zeros_like(logps)))
+                pack_scores.append((logps, torch.zeros_like(logps)))
             else:
-                found.append((logps, packing.scatter_to_padded(output.entropy, pack, shape)))
-    if not found:
+                pack_scores.append((logps, packing.scatter_to_padded(output.entropy, pack, shape)))
+    if not pack_scores:
         return None
-    logps, entropies = (torch.stack(values).sum(0) for values in zip(*found, strict=True))
+    logps, entropies = (torch.stack(values).sum(0) for values in zip(*pack_scores, strict=True))
     return logps, entropies

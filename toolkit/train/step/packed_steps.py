@@ -94,19 +94,28 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
             number = min(size, max(-(-size // micro), self.min_parts))
             self.part_count = number
             return list(torch.arange(size).tensor_split(number))
-        dead = self._rows_without_loss(inputs)
-        self._skipped_and_total = (len(dead), size)
-        live = [row for row in rows if row.number not in dead]
-        limit = self._token_limit(inputs) or max(packing.count_pack_tokens(live), 1)
+        rows_without_loss = self._rows_without_loss(inputs)
+        self._skipped_and_total = (len(rows_without_loss), size)
+        rows_with_loss = [row for row in rows if row.number not in rows_without_loss]
+        max_tokens = self._token_limit(inputs) or max(packing.count_pack_tokens(rows_with_loss), 1)
         if self.accelerator.num_processes > 1:
-            return self._equal_parts(rows, dead, limit)
-        number = max(len(packing.split_rows(live, limit)), min(self.min_parts, len(live)))
+            return self._equal_parts(rows, rows_without_loss, max_tokens)
+        number = max(
+            len(packing.split_rows(rows_with_loss, max_tokens)),
+            min(self.min_parts, len(rows_with_loss)),
+        )
         self.part_count = number
-        parts = [[row.number for row in pack] for pack in packing.even_packs(live, number) if pack]
-        parts[0].extend(sorted(dead))
+        parts = [
+            [row.number for row in pack]
+            for pack in packing.even_packs(rows_with_loss, number)
+            if pack
+        ]
+        parts[0].extend(sorted(rows_without_loss))
         return [torch.tensor(sorted(part)) for part in parts]
 
-    def _equal_parts(self, rows: list[Row], dead: frozenset[int], limit: int) -> list[torch.Tensor]:
+    def _equal_parts(
+        self, rows: list[Row], rows_without_loss: frozenset[int], max_tokens: int
+    ) -> list[torch.Tensor]:
         """Split ``rows`` into parts. Each part has the same number of rows on every rank, because
         TRL gathers one value per row from all ranks.
         """
@@ -115,8 +124,11 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
         def fits(number: int) -> bool:
             chunks = torch.arange(len(ordered)).tensor_split(number)
-            live = [[r for i in c.tolist() if (r := ordered[i]).number not in dead] for c in chunks]
-            return all(packing.count_pack_tokens(chunk) <= limit for chunk in live)
+            chunks_with_loss = [
+                [r for i in c.tolist() if (r := ordered[i]).number not in rows_without_loss]
+                for c in chunks
+            ]
+            return all(packing.count_pack_tokens(chunk) <= max_tokens for chunk in chunks_with_loss)
 
         number = next((n for n in range(1, len(rows)) if fits(n)), len(rows))
         self.part_count = number = self._max_over_ranks(max(number, min(self.min_parts, len(rows))))
@@ -192,13 +204,15 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         If the loss of every row is 0, the shortest row is not returned, because a pass needs at
         least one row.
         """
-        others = self.beta != 0 or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
-        if others or self.off_policy_mask_threshold is not None or not self.model.training:
+        has_other_terms = (
+            self.beta != 0 or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
+        )
+        if has_other_terms or self.off_policy_mask_threshold is not None or not self.model.training:
             return frozenset()
         advantages = inputs["advantages"]
-        dead = (advantages == 0).reshape(advantages.shape[0], -1).all(1)
+        has_no_loss = (advantages == 0).reshape(advantages.shape[0], -1).all(1)
         lengths = inputs["completion_mask"].sum(1)
-        numbers = frozenset(dead.nonzero().flatten().tolist())
+        numbers = frozenset(has_no_loss.nonzero().flatten().tolist())
         if len(numbers) == advantages.shape[0]:
             shortest = torch.where(lengths > 0, lengths, lengths.max() + 1).argmin()
             numbers -= {int(shortest)}
@@ -225,19 +239,23 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         ``compute_entropy``, ``compute_aux_loss``, and the inputs for images.
         """
         batch_size: int | None = options.get("batch_size")
-        others = {"batch_size", "compute_entropy"}
-        plain = all(
-            value is None or value is False for name, value in options.items() if name not in others
+        ignored = {"batch_size", "compute_entropy"}
+        is_plain = all(
+            value is None or value is False
+            for name, value in options.items()
+            if name not in ignored
         )
-        found = None
-        if plain and self._reason_against_packs(model) is None:
-            limit = self._pass_limit(batch_size, input_ids.shape[1])
+        scores = None
+        if is_plain and self._reason_against_packs(model) is None:
+            max_tokens = self._pass_limit(batch_size, input_ids.shape[1])
             batch = (input_ids, attention_mask, logits_to_keep)
-            own_head = not sampler.sampled_distribution(self).is_plain
+            head_replaced = not sampler.sampled_distribution(self).is_plain
             with self.accelerator.autocast(), sampled_head_installed(self, model):
-                found = packed_pass.score_batch(model, batch, self._scope, limit, own_head=own_head)
-        if found is not None:
-            logps, entropies = self.fill_skipped(found, self._loss_inputs or {})
+                scores = packed_pass.score_batch(
+                    model, batch, self._scope, max_tokens, head_replaced=head_replaced
+                )
+        if scores is not None:
+            logps, entropies = self.fill_skipped(scores, self._loss_inputs or {})
             return logps, entropies if options.get("compute_entropy") else None, None
         self._scope = LossScope()  # a padded pass computes all rows
         rows = batch_size if batch_size is None else min(batch_size, self.micro_rows or batch_size)
@@ -266,11 +284,11 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
             self._entropy_sums[:2] += torch.stack([(entropies.detach() * mask).sum(), mask.sum()])
         if not skipped:
             return scores
-        neutral = inputs.get("old_per_token_logps", inputs.get("sampling_per_token_logps"))
+        replacement = inputs.get("old_per_token_logps", inputs.get("sampling_per_token_logps"))
         row_B1 = torch.zeros_like(mask[:, :1], dtype=torch.bool)
         row_B1[skipped] = True
-        if neutral is not None:
-            logps = torch.where(row_B1, torch.nan_to_num(neutral, nan=0.0), logps)
+        if replacement is not None:
+            logps = torch.where(row_B1, torch.nan_to_num(replacement, nan=0.0), logps)
         return logps, entropies
 
     @contextmanager
@@ -282,8 +300,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         mean includes all parts of the micro-batch and all ranks. The metric ``SKIPPED_METRIC``
         is added: the share of rows that no pass computed, over all ranks.
         """
-        packs = self.padding_free and self._reason_against_packs(self.model) is None
-        if not packs or self.aux_loss_enabled or not self.model.training:
+        uses_packs = self.padding_free and self._reason_against_packs(self.model) is None
+        if not uses_packs or self.aux_loss_enabled or not self.model.training:
             yield
             return
         self._entropy_sums = torch.zeros(4, device=self.accelerator.device)
@@ -293,10 +311,10 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         try:
             yield
             sums = self.accelerator.reduce(self._entropy_sums, reduction="sum").tolist()
-            total, count, left_out, rows = sums
-            self._metrics["train"][SKIPPED_METRIC].append(left_out / max(rows, 1))
-            noted = self._metrics["train"].get("entropy")
-            if noted and count:
-                noted[-1] = total / count
+            total, count, skipped, rows = sums
+            self._metrics["train"][SKIPPED_METRIC].append(skipped / max(rows, 1))
+            entropies = self._metrics["train"].get("entropy")
+            if entropies and count:
+                entropies[-1] = total / count
         finally:
             self._entropy_sums = None

@@ -115,36 +115,36 @@ def build_pack(
     ids: list[torch.Tensor] = []
     positions: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
-    places: list[torch.Tensor] = []
-    at = 0
-    for prompt, members in groups.items():
-        shared = len(prompt) - 1
-        prefix = at
-        segments.append(Segment(at, shared))
+    targets: list[torch.Tensor] = []
+    position = 0
+    for prompt, group in groups.items():
+        shared_tokens = len(prompt) - 1
+        prompt_start = position
+        segments.append(Segment(position, shared_tokens))
         ids.append(torch.tensor(prompt[:-1], dtype=torch.long))
-        positions.append(torch.arange(shared))
-        labels.append(torch.full((shared,), NO_LABEL))
-        places.append(torch.full((shared,), -1))
-        at += shared
-        for row in members:
+        positions.append(torch.arange(shared_tokens))
+        labels.append(torch.full((shared_tokens,), NO_LABEL))
+        targets.append(torch.full((shared_tokens,), -1))
+        position += shared_tokens
+        for row in group:
             completion = host_BT[row.number, : row.length]
-            wanted = scored[row.number, : row.length].bool()
-            segments.append(Segment(at, row.length, prefix, shared))
+            is_scored = scored[row.number, : row.length].bool()
+            segments.append(Segment(position, row.length, prompt_start, shared_tokens))
             ids.append(torch.cat([torch.tensor(prompt[-1:]), completion[:-1]]))
-            positions.append(torch.arange(shared, shared + row.length))
-            labels.append(completion.masked_fill(~wanted, NO_LABEL))
+            positions.append(torch.arange(shared_tokens, shared_tokens + row.length))
+            labels.append(completion.masked_fill(~is_scored, NO_LABEL))
             target = torch.arange(row.number * width, row.number * width + row.length)
-            places.append(target.masked_fill(~wanted, -1))
-            at += row.length
-    target_N = torch.cat(places)
-    place_M = (target_N >= 0).nonzero().flatten()
+            targets.append(target.masked_fill(~is_scored, -1))
+            position += row.length
+    target_N = torch.cat(targets)
+    index_M = (target_N >= 0).nonzero().flatten()
     return Pack(
         PackedLayout(segments, device),
         torch.cat(ids).to(device),
         torch.cat(positions).to(device),
         torch.cat(labels).to(device),
-        place_M.to(device),
-        target_N[place_M].to(device),
+        index_M.to(device),
+        target_N[index_M].to(device),
     )
 
 
@@ -158,12 +158,12 @@ def forward_pack(
     replaced the head of the model.
     """
     ids = pack.ids_N.unsqueeze(0)
-    own = {}
+    head_argument = {}
     if batch is not None:
         ids_BL, real_BL, width = batch
-        rows_M, places_M = pack.targets_M // width, pack.targets_M % width
-        places_M = places_M + ids_BL.shape[1] - width
-        own = {BATCH_KEYWORD: PaddedBatch(ids_BL, real_BL, width, rows_M, places_M)}
+        rows_M, positions_M = pack.targets_M // width, pack.targets_M % width
+        positions_M = positions_M + ids_BL.shape[1] - width
+        head_argument = {BATCH_KEYWORD: PaddedBatch(ids_BL, real_BL, width, rows_M, positions_M)}
     return model(
         input_ids=ids,
         position_ids=pack.positions_N.unsqueeze(0),
@@ -172,7 +172,7 @@ def forward_pack(
         shift_labels=pack.labels_N.unsqueeze(0),
         fused_lm_head=True,
         **{LAYOUT_KEYWORD: pack.layout},
-        **own,
+        **head_argument,
     )
 
 
@@ -184,46 +184,51 @@ def scatter_to_padded(values_1N: torch.Tensor, pack: Pack, shape: tuple[int, int
     return flat.scatter(0, pack.targets_M, values_1N[0, pack.indices_M]).view(shape)
 
 
-def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
-    """Distribute ``rows`` over a small number of evenly filled packs of at most ``limit`` tokens.
+def split_rows(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
+    """Distribute ``rows`` over a small number of evenly filled packs of at most ``max_tokens``
+    tokens.
 
-    Rows of one prompt (a group) stay together, but a group larger than ``limit`` is split. A row
-    longer than ``limit`` is a pack of its own. Groups are placed in order of their length, the
-    longest first, each into the pack with the fewest tokens. The result depends only on the lengths
-    and the order of the rows. Therefore a resumed run gets the same packs.
+    Rows of one prompt (a group) stay together, but a group larger than ``max_tokens`` is split. A
+    row longer than ``max_tokens`` is a pack of its own. Groups are placed in order of their length,
+    the longest first, each into the pack with the fewest tokens. The result depends only on the
+    lengths and the order of the rows. Therefore a resumed run gets the same packs.
     """
-    number = max(1, -(-count_pack_tokens(rows) // limit))
+    pack_count = max(1, -(-count_pack_tokens(rows) // max_tokens))
     while True:
-        packs = even_packs(rows, number, limit)
-        if number >= len(rows) or all(count_pack_tokens(pack) <= limit for pack in packs):
+        packs = even_packs(rows, pack_count, max_tokens)
+        if pack_count >= len(rows) or all(count_pack_tokens(pack) <= max_tokens for pack in packs):
             return [pack for pack in packs if pack]
-        number += 1
+        pack_count += 1
 
 
-def even_packs(rows: Sequence[Row], number: int, limit: int | None = None) -> list[list[Row]]:
-    """Distribute ``rows`` over exactly ``number`` evenly filled packs.
+def even_packs(
+    rows: Sequence[Row], pack_count: int, max_tokens: int | None = None
+) -> list[list[Row]]:
+    """Distribute ``rows`` over exactly ``pack_count`` evenly filled packs.
 
     If there are fewer rows than packs, some packs are empty. Rows of one prompt are put into the
-    same pack, with two exceptions: they have more than ``limit`` tokens or more tokens than the
-    average pack, or there are fewer prompts than packs.
+    same pack, with two exceptions: they have more than ``max_tokens`` tokens or more tokens than
+    the average pack, or there are fewer prompts than packs.
     """
-    share = max(1, -(-count_pack_tokens(rows) // number))
-    units = _same_prompt_units(rows, share if limit is None else min(limit, share))
-    return [sorted(pack) for pack in _distribute_units(units, number)]
+    tokens_per_pack = max(1, -(-count_pack_tokens(rows) // pack_count))
+    units = _same_prompt_units(
+        rows, tokens_per_pack if max_tokens is None else min(max_tokens, tokens_per_pack)
+    )
+    return [sorted(pack) for pack in _distribute_units(units, pack_count)]
 
 
-def _same_prompt_units(rows: Sequence[Row], limit: int) -> list[list[Row]]:
-    """Split ``rows`` into units of rows with the same prompt. A unit has at most ``limit`` tokens,
-    unless it is a single row.
+def _same_prompt_units(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
+    """Split ``rows`` into units of rows with the same prompt. A unit has at most ``max_tokens``
+    tokens, unless it is a single row.
     """
     groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.prompt].append(row)
     units: list[list[Row]] = []
-    for members in groups.values():
+    for group in groups.values():
         unit: list[Row] = []
-        for row in sorted(members, key=lambda row: (-row.length, row.number)):
-            if unit and count_pack_tokens([*unit, row]) > limit:
+        for row in sorted(group, key=lambda row: (-row.length, row.number)):
+            if unit and count_pack_tokens([*unit, row]) > max_tokens:
                 units.append(unit)
                 unit = []
             unit.append(row)
@@ -231,18 +236,18 @@ def _same_prompt_units(rows: Sequence[Row], limit: int) -> list[list[Row]]:
     return units
 
 
-def _distribute_units(units: list[list[Row]], number: int) -> list[list[Row]]:
-    """Distribute units (rows with the same prompt) over ``number`` packs. The longest unit comes
-    first, and each unit is put into the pack with the fewest tokens.
+def _distribute_units(units: list[list[Row]], pack_count: int) -> list[list[Row]]:
+    """Distribute units (rows with the same prompt) over ``pack_count`` packs. The longest unit
+    comes first, and each unit is put into the pack with the fewest tokens.
     """
-    while len(units) < number:  # with fewer units than packs, split the longest unit in two
+    while len(units) < pack_count:  # with fewer units than packs, split the longest unit in two
         longest = max(units, key=lambda unit: (len(unit) > 1, count_pack_tokens(unit)))
         if len(longest) < 2:
             break
         units.remove(longest)
         half = len(longest) // 2
         units += [longest[:half], longest[half:]]
-    packs: list[list[Row]] = [[] for _ in range(number)]
+    packs: list[list[Row]] = [[] for _ in range(pack_count)]
     for unit in sorted(units, key=lambda unit: (-count_pack_tokens(unit), unit[0].number)):
         min(packs, key=count_pack_tokens).extend(unit)
     return packs

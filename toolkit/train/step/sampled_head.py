@@ -68,13 +68,13 @@ def sampled_head_installed(trainer: TrainerSeam, model: Any) -> Iterator[None]:
         yield
         return
     # TRL may have set its own forward method on the instance, which must be restored.
-    own, before = "forward" in vars(base), base.forward
+    has_instance_forward, original_forward = "forward" in vars(base), base.forward
 
     def forward(
         self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any
     ) -> Any:
         if not fused_lm_head:
-            return before(*args, labels=labels, **kwargs)
+            return original_forward(*args, labels=labels, **kwargs)
         if LAYOUT_KEYWORD in kwargs:
             return _forward_pack(self, distribution, kwargs)
         return _forward_padded(self, distribution, args, kwargs, labels)
@@ -83,8 +83,8 @@ def sampled_head_installed(trainer: TrainerSeam, model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if own:
-            base.forward = before
+        if has_instance_forward:
+            base.forward = original_forward
         else:
             del base.forward
 
@@ -101,19 +101,19 @@ def _forward_padded(
     outputs = model.base_model(*args, **kwargs, use_cache=False)
     hidden_BLH = outputs.last_hidden_state[:, :-1]
     labels = labels[:, 1:].to(hidden_BLH.device)
-    wanted = labels != -100
-    rows_N, before_N = wanted.nonzero(as_tuple=True)
-    texts = None
+    is_scored = labels != -100
+    rows_N, positions_N = is_scored.nonzero(as_tuple=True)
+    history = None
     if distribution.penalizes:
         ids = kwargs["input_ids"].to(hidden_BLH.device)
         real = kwargs["attention_mask"].to(hidden_BLH.device).bool()
-        starts_B = wanted.int().argmax(1) + 1
-        texts = TokenHistory(ids, real, starts_B, model.get_output_embeddings().weight.shape[0])
-    head = ChunkedHead(model, distribution, texts)
-    scored = head.score(hidden_BLH[wanted], labels[wanted], rows_N, before_N + 1)
+        starts_B = is_scored.int().argmax(1) + 1
+        history = TokenHistory(ids, real, starts_B, model.get_output_embeddings().weight.shape[0])
+    head = ChunkedHead(model, distribution, history)
+    scores = head.score(hidden_BLH[is_scored], labels[is_scored], rows_N, positions_N + 1)
     # masked_scatter keeps the result in the autograd graph even if nothing is scored.
-    zeros = hidden_BLH.new_zeros(wanted.shape, dtype=torch.float32)
-    logps, entropy = (zeros.masked_scatter(wanted, part) for part in scored)
+    zeros = hidden_BLH.new_zeros(is_scored.shape, dtype=torch.float32)
+    logps, entropy = (zeros.masked_scatter(is_scored, part) for part in scores)
     return HeadOutput(logps, entropy, _router_loss(config, outputs, kwargs))
 
 
@@ -124,20 +124,24 @@ def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]
     labels_1N = kwargs.pop("shift_labels")
     batch: PaddedBatch | None = kwargs.pop(BATCH_KEYWORD, None)
     hidden_1NH = model.base_model(**kwargs, use_cache=False).last_hidden_state
-    wanted = labels_1N != -100
-    texts = None
+    is_scored = labels_1N != -100
+    history = None
     if distribution.penalizes:
         assert batch is not None
         vocabulary = model.get_output_embeddings().weight.shape[0]
         starts_B = torch.full_like(batch.ids_BL[:, 0], batch.ids_BL.shape[1] - batch.width)
-        texts = TokenHistory(batch.ids_BL, batch.real_BL.bool(), starts_B, vocabulary)
-    head = ChunkedHead(model, distribution, texts)
-    found = hidden_1NH[wanted], labels_1N[wanted]
-    none = torch.zeros_like(found[1])  # a placeholder: rows and places are read only for penalties
-    rows_M, places_M = (none, none) if batch is None else (batch.rows_M, batch.positions_M)
-    scored = head.score(*found, rows_M, places_M)
-    zeros = hidden_1NH.new_zeros(wanted.shape, dtype=torch.float32)
-    logps, entropy = (zeros.masked_scatter(wanted, part) for part in scored)
+        history = TokenHistory(batch.ids_BL, batch.real_BL.bool(), starts_B, vocabulary)
+    head = ChunkedHead(model, distribution, history)
+    hidden_and_tokens = hidden_1NH[is_scored], labels_1N[is_scored]
+    placeholder_M = torch.zeros_like(
+        hidden_and_tokens[1]
+    )  # a placeholder: rows and places are read only for penalties
+    rows_M, positions_M = (
+        (placeholder_M, placeholder_M) if batch is None else (batch.rows_M, batch.positions_M)
+    )
+    scores = head.score(*hidden_and_tokens, rows_M, positions_M)
+    zeros = hidden_1NH.new_zeros(is_scored.shape, dtype=torch.float32)
+    logps, entropy = (zeros.masked_scatter(is_scored, part) for part in scores)
     return HeadOutput(logps, entropy, None)
 
 
@@ -147,9 +151,11 @@ class ChunkedHead:
     ``model`` must not have a PEFT wrapper.
     """
 
-    def __init__(self, model: Any, distribution: Distribution, texts: TokenHistory | None) -> None:
+    def __init__(
+        self, model: Any, distribution: Distribution, history: TokenHistory | None
+    ) -> None:
         self.layer = model.get_output_embeddings()
-        self.distribution, self.history = distribution, texts
+        self.distribution, self.history = distribution, history
         config = model.config.get_text_config()
         self.scale, self.cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
 
@@ -158,7 +164,7 @@ class ChunkedHead:
         hidden_NH: torch.Tensor,
         tokens_N: torch.Tensor,
         rows_N: torch.Tensor,
-        places_N: torch.Tensor,
+        positions_N: torch.Tensor,
     ) -> TokenScores:
         """The result of ``kept_set.score_tokens`` for all tokens. It is differentiable with respect
         to the hidden states and the weights of the head.
@@ -167,15 +173,16 @@ class ChunkedHead:
         # a chunk is the same in every process.
         rows = getattr(self.layer, "width", self.layer.weight.shape[0])
         size = max(1, kept_set.CHUNK_ELEMENTS // rows)
-        parts = [torch.split(part, size) for part in (hidden_NH, tokens_N, rows_N, places_N)]
-        done = [
+        parts = [torch.split(part, size) for part in (hidden_NH, tokens_N, rows_N, positions_N)]
+        chunk_scores = [
             TokenScores(
                 *checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
             )
             for chunk in zip(*parts, strict=True)
         ]
         return TokenScores(
-            torch.cat([one.logps for one in done]), torch.cat([one.entropy for one in done])
+            torch.cat([scores.logps for scores in chunk_scores]),
+            torch.cat([scores.entropy for scores in chunk_scores]),
         )
 
     def _chunk(
@@ -183,18 +190,24 @@ class ChunkedHead:
         hidden_NH: torch.Tensor,
         tokens_N: torch.Tensor,
         rows_N: torch.Tensor,
-        places_N: torch.Tensor,
+        positions_N: torch.Tensor,
     ) -> TokenScores:
-        split = self.layer if isinstance(self.layer, SplitHead) else None
-        logits_NV = self.layer(hidden_NH) if split is None else split.local_logits(hidden_NH)
+        split_head = self.layer if isinstance(self.layer, SplitHead) else None
+        logits_NV = (
+            self.layer(hidden_NH) if split_head is None else split_head.local_logits(hidden_NH)
+        )
         if self.scale != 1:
             logits_NV = logits_NV * self.scale
         if self.cap is not None:
             logits_NV = torch.tanh(logits_NV / self.cap) * self.cap
-        if split is not None:  # rule TP004 of the config allows only a plain distribution here
-            return score_split_vocabulary(logits_NV, tokens_N, self.distribution.temperature, split)
-        places = None if self.history is None else TokenPositions(self.history, rows_N, places_N)
-        return kept_set.score_tokens(logits_NV, tokens_N, self.distribution, places)
+        if split_head is not None:  # rule TP004 of the config allows only a plain distribution here
+            return score_split_vocabulary(
+                logits_NV, tokens_N, self.distribution.temperature, split_head
+            )
+        positions = (
+            None if self.history is None else TokenPositions(self.history, rows_N, positions_N)
+        )
+        return kept_set.score_tokens(logits_NV, tokens_N, self.distribution, positions)
 
 
 def logit_scale(config: Any) -> float:
@@ -243,15 +256,15 @@ def score_split_vocabulary(
     """
     group = head.mesh.group
     logits_NV = logits_NV.float() / temperature
-    most_N = max_over_group(logits_NV.amax(-1), group)
-    total_N = reduce_from_parallel_region((logits_NV - most_N[:, None]).exp().sum(-1), group)
-    norm_N = most_N + total_N.log()
-    own_N = tokens_N - head.split.start
-    here_N = (own_N >= 0) & (own_N < logits_NV.shape[1])
-    found_N = logits_NV.gather(1, own_N.where(here_N, 0)[:, None])[:, 0]
-    token_N = reduce_from_parallel_region(found_N * here_N, group)
-    shares_NV = (logits_NV - copy_to_parallel_region(norm_N, group)[:, None]).exp()
+    max_N = max_over_group(logits_NV.amax(-1), group)
+    total_N = reduce_from_parallel_region((logits_NV - max_N[:, None]).exp().sum(-1), group)
+    log_norm_N = max_N + total_N.log()
+    local_tokens_N = tokens_N - head.split.start
+    is_local_N = (local_tokens_N >= 0) & (local_tokens_N < logits_NV.shape[1])
+    local_logits_N = logits_NV.gather(1, local_tokens_N.where(is_local_N, 0)[:, None])[:, 0]
+    token_logits_N = reduce_from_parallel_region(local_logits_N * is_local_N, group)
+    probabilities_NV = (logits_NV - copy_to_parallel_region(log_norm_N, group)[:, None]).exp()
     # An excluded token has a logit of minus infinity and a share of 0.
-    products_NV = shares_NV * logits_NV.clamp(min=torch.finfo(torch.float32).min)
-    mean_N = reduce_from_parallel_region(products_NV.sum(-1), group)
-    return TokenScores(token_N - norm_N, norm_N - mean_N)
+    products_NV = probabilities_NV * logits_NV.clamp(min=torch.finfo(torch.float32).min)
+    mean_logits_N = reduce_from_parallel_region(products_NV.sum(-1), group)
+    return TokenScores(token_logits_N - log_norm_N, log_norm_N - mean_logits_N)

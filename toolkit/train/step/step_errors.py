@@ -50,9 +50,9 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
     """
     if isinstance(error, ToolkitError):
         return error
-    said = f"{type(error).__name__}: {first_line(error)}"
-    if (full := disk.to_toolkit_error(error, where)) is not None:
-        return full
+    message = f"{type(error).__name__}: {first_line(error)}"
+    if (disk_error := disk.to_toolkit_error(error, where)) is not None:
+        return disk_error
     if isinstance(error, IsADirectoryError):  # write_file raises this when it renames onto a folder
         return ConfigError(
             "the run must write a file at this path, but there is a folder",
@@ -61,17 +61,17 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
         )
     if type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx"):
         return ConfigError(
-            f"the Hugging Face Hub: {said}",
+            f"the Hugging Face Hub: {message}",
             where=where,
             fix="check the network, and check the login with `hf auth whoami`. Or remove the key "
             "grpo.log_completions_hub_repo, so that the run does not use the Hub",
         )
-    known = explain_error(error, "the run failed", RESTART_ADVICE)
-    if known is not None and known.exit_code == RetryError.exit_code:
-        return known
+    known_error = explain_error(error, "the run failed", RESTART_ADVICE)
+    if known_error is not None and known_error.exit_code == RetryError.exit_code:
+        return known_error
     if is_out_of_memory(error):
         return ConfigError(
-            f"out of memory, even with the micro-batch split into the smallest parts: {said}",
+            f"out of memory, even with the micro-batch split into the smallest parts: {message}",
             where=where,
             fix="lower grpo.per_device_train_batch_size or grpo.max_completion_length (`envcheck "
             "size` shows the memory budget). Then run the same command again to resume the run",
@@ -87,17 +87,19 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
         )
     if "does not have a deterministic implementation" in str(error):
         return ConfigError(
-            f"a kernel of this run has no deterministic implementation: {said}",
+            f"a kernel of this run has no deterministic implementation: {message}",
             where=where,
             fix="remove grpo.full_determinism, and set runtime.reproducible: true, which uses "
             "deterministic kernels where they exist",
         )
     if _GPU_FAILURE.search(f"{type(error).__name__}: {error}"):
         return NodeError(
-            f"the GPU failed during the run: {said}",
+            f"the GPU failed during the run: {message}",
             where=where,
             fix="run `envcheck check` on this node, and run the same command on another node: the "
             "run resumes from the last checkpoint",
         )
-    ours = None if config is None else as_config_error(error, config.grpo, config.source or where)
-    return ours or known
+    config_error = (
+        None if config is None else as_config_error(error, config.grpo, config.source or where)
+    )
+    return config_error or known_error

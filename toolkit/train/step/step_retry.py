@@ -50,7 +50,7 @@ class StepAttempt:
         """Record that the rollouts are ready. Everything after this call can be repeated."""
         self.inputs = inputs
         self._metric_lengths = {
-            name: len(found) for name, found in self.trainer.train_metric_values.items()
+            name: len(values) for name, values in self.trainer.train_metric_values.items()
         }
         self._progress = self.trainer.micro_progress
         if self._is_only_replica():
@@ -119,8 +119,8 @@ class StepAttempt:
         With one replica there is nothing to synchronize. But DistributedDataParallel would raise an
         error in a forward pass that follows an interrupted backward pass.
         """
-        without = getattr(self.model, "no_sync", None) if self._is_only_replica() else None
-        return nullcontext() if without is None else without()
+        no_sync = getattr(self.model, "no_sync", None) if self._is_only_replica() else None
+        return nullcontext() if no_sync is None else no_sync()
 
     def _part_count(self) -> int:
         """The number of parts into which the attempt split the micro-batch."""
@@ -130,8 +130,8 @@ class StepAttempt:
         trained = self.trainer.trained_parameters()
         for parameter, gradient in zip(trained, self._gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
-        for name, found in self.trainer.train_metric_values.items():
-            del found[self._metric_lengths.get(name, 0) :]
+        for name, values in self.trainer.train_metric_values.items():
+            del values[self._metric_lengths.get(name, 0) :]
         if self._progress is not None:  # this process may have ended the step before another failed
             self.trainer.micro_progress = self._progress
         release_memory()
@@ -142,7 +142,7 @@ def loss_in_parts(
     model: Any,
     inputs: dict[str, Any],
     parts: list[torch.Tensor],
-    loss: Callable[[Any], Any],
+    compute_loss: Callable[[Any], Any],
 ) -> Any:
     """Compute the loss of a micro-batch in ``parts`` (row indices), with one autograd graph at a
     time.
@@ -152,16 +152,16 @@ def loss_in_parts(
     micro-batch, but its autograd graph is only that of the last part. The metrics of the parts are
     combined.
     """
-    pieces = split_inputs(trainer, inputs, parts)
-    metrics = PartMetrics(trainer, [loss_mask(piece).sum() for piece, _ in pieces])
-    done = 0.0
-    for piece, weight in pieces[:-1]:
+    weighted_parts = split_inputs(trainer, inputs, parts)
+    metrics = PartMetrics(trainer, [loss_mask(piece).sum() for piece, _ in weighted_parts])
+    earlier_losses = 0.0
+    for part, weight in weighted_parts[:-1]:
         with trainer.accelerator.no_sync(model):  # DDP synchronises ranks only at the last part
-            value = loss(piece) * weight
+            value = compute_loss(part) * weight
             trainer.accelerator.backward(value)
-        done = done + value.detach()
-    last, weight = pieces[-1]
-    value = loss(last) * weight + done
+        earlier_losses = earlier_losses + value.detach()
+    last, weight = weighted_parts[-1]
+    value = compute_loss(last) * weight + earlier_losses
     metrics.merge_parts()
     return value
 
@@ -187,24 +187,24 @@ class PartMetrics:
         they are combined as weighted means.
         """
         for name, values in self.metric_values.items():
-            mark = self.start_lengths.get(name, 0)
-            own = values[mark:]
-            if len(own) == len(self.weights):
-                values[mark:] = [_combine(name, own, self.weights)]
+            start = self.start_lengths.get(name, 0)
+            part_values = values[start:]
+            if len(part_values) == len(self.weights):
+                values[start:] = [_combine(name, part_values, self.weights)]
 
 
 def _combine(name: str, values: list[float], weights: list[float]) -> float:
-    known = [(v, w) for v, w in zip(values, weights, strict=True) if not math.isnan(v)]
-    if not known:
+    weighted_values = [(v, w) for v, w in zip(values, weights, strict=True) if not math.isnan(v)]
+    if not weighted_values:
         return math.nan
     if name.endswith(("_min", "/min")):
-        return min(value for value, _ in known)
+        return min(value for value, _ in weighted_values)
     if name.endswith(("_max", "/max")):
-        return max(value for value, _ in known)
-    total = sum(weight for _, weight in known)
+        return max(value for value, _ in weighted_values)
+    total = sum(weight for _, weight in weighted_values)
     if total == 0:
-        return known[0][0]
-    return sum(value * weight for value, weight in known) / total
+        return weighted_values[0][0]
+    return sum(value * weight for value, weight in weighted_values) / total
 
 
 def skip_step(trainer: TrainerSeam, model: Any) -> None:
@@ -260,8 +260,8 @@ def split_inputs(
     Raises:
         RuntimeError: an option needs the whole micro-batch at once.
     """
-    whole_batch = trainer.top_entropy_quantile < 1.0 or trainer.has_entropy_bonus
-    if whole_batch or trainer.aux_loss_enabled or inputs.get("pixel_values") is not None:
+    needs_whole_batch = trainer.top_entropy_quantile < 1.0 or trainer.has_entropy_bonus
+    if needs_whole_batch or trainer.aux_loss_enabled or inputs.get("pixel_values") is not None:
         raise RuntimeError(
             "out of memory, and the micro-batch cannot be split: top_entropy_quantile, an entropy "
             "bonus, a router loss or images need the whole micro-batch"
@@ -269,16 +269,16 @@ def split_inputs(
     size = inputs["completion_ids"].shape[0]
     mask = loss_mask(inputs)
     tokens = mask.sum().clamp(min=1.0).item()
-    pieces = []
+    weighted_parts = []
     for part in parts:
-        piece = {name: _select_rows(value, part, size) for name, value in inputs.items()}
+        part_inputs = {name: _select_rows(value, part, size) for name, value in inputs.items()}
         weight = len(part) / size
         if trainer.loss_type in ("cispo", "dapo", "vespo"):
             weight = 1.0
         elif trainer.loss_type == "bnpo":
             weight = max(mask[part.to(mask.device)].sum().item(), 1.0) / tokens
-        pieces.append((piece, weight))
-    return pieces
+        weighted_parts.append((part_inputs, weight))
+    return weighted_parts
 
 
 def _select_rows(value: Any, part: torch.Tensor, size: int) -> Any:
