@@ -70,7 +70,7 @@ runtime:
 """
 
 
-def timed(command: list[str]) -> tuple[float, float]:
+def run_timed(command: list[str]) -> tuple[float, float]:
     """Wall seconds and peak megabytes of a command that must succeed."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -85,21 +85,21 @@ def timed(command: list[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1024
 
 
-def check_jsonschema() -> str:
+def find_check_jsonschema() -> str:
     """The peer's command."""
     beside = Path(sys.executable).with_name("check-jsonschema")
-    found = os.environ.get("CHECK_JSONSCHEMA") or (
+    command = os.environ.get("CHECK_JSONSCHEMA") or (
         str(beside) if beside.exists() else shutil.which("check-jsonschema")
     )
-    if not found:
+    if not command:
         raise SystemExit("check-jsonschema is not installed: pip install check-jsonschema==0.39.0")
-    return found
+    return command
 
 
 def measure(folder: Path, files: int, repeat: int) -> dict[str, float]:
     """The medians of both commands, on one file and on many."""
     ours = [str(Path(sys.executable).with_name("envcheck")), "validate"]
-    peer = [check_jsonschema(), "--schemafile", str(ROOT / "schemas" / "run.schema.json")]
+    peer = [find_check_jsonschema(), "--schemafile", str(ROOT / "schemas" / "run.schema.json")]
     names = []
     for number in range(files):
         path = folder / f"run-{number:05d}.yaml"
@@ -114,12 +114,12 @@ def measure(folder: Path, files: int, repeat: int) -> dict[str, float]:
         seconds: dict[str, list[float]] = {"ours": [], "peer": []}
         peak = 0.0
         for _ in range(times):
-            for who, command in (("ours", ours), ("peer", peer)):
-                if label == "half" and who == "peer":
+            for program, command in (("ours", ours), ("peer", peer)):
+                if label == "half" and program == "peer":
                     continue
-                took, memory = timed([*command, *chosen])
-                seconds[who].append(took)
-                peak = max(peak, memory) if who == "ours" else peak
+                run_seconds, memory = run_timed([*command, *chosen])
+                seconds[program].append(run_seconds)
+                peak = max(peak, memory) if program == "ours" else peak
         result[f"{label}_ours_s"] = statistics.median(seconds["ours"])
         result[f"{label}_memory_mb"] = peak
         if seconds["peer"]:
@@ -135,29 +135,29 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     limit = 4096
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     )
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), asked.files, asked.repeat)
-    if asked.json:
-        print(json.dumps(found, indent=2))
+        figures = measure(Path(folder), arguments.files, arguments.repeat)
+    if arguments.json:
+        print(json.dumps(figures, indent=2))
     else:
-        for label, count in (("one", 1), ("many", asked.files)):
+        for label, count in (("one", 1), ("many", arguments.files)):
             print(
-                f"{count:5d} files: envcheck {found[f'{label}_ours_s']:.3f} s, check-jsonschema "
-                f"{found[f'{label}_peer_s']:.3f} s, ratio {found[f'{label}_ratio']:.2f}, "
-                f"peak {found[f'{label}_memory_mb']:.0f} MB"
+                f"{count:5d} files: envcheck {figures[f'{label}_ours_s']:.3f} s, check-jsonschema "
+                f"{figures[f'{label}_peer_s']:.3f} s, ratio {figures[f'{label}_ratio']:.2f}, "
+                f"peak {figures[f'{label}_memory_mb']:.0f} MB"
             )
-        print(f"twice the files take {2 * found['linear']:.2f} times the time")
-    good = (
-        found["one_ratio"] <= ONE_FILE
-        and found["many_ratio"] <= MANY_FILES
-        and found["many_memory_mb"] <= MEMORY_MB
+        print(f"twice the files take {2 * figures['linear']:.2f} times the time")
+    within_bounds = (
+        figures["one_ratio"] <= ONE_FILE
+        and figures["many_ratio"] <= MANY_FILES
+        and figures["many_memory_mb"] <= MEMORY_MB
     )
-    return 0 if good else 1
+    return 0 if within_bounds else 1
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ import argparse
 
 import numpy as np
 
-DRAWS = 4000
+SIMULATED_STEPS = 4000
 
 
-def lengths(draw: np.random.Generator, sequences: int, mean: int, most: int) -> np.ndarray:
+def sample_lengths(draw: np.random.Generator, sequences: int, mean: int, most: int) -> np.ndarray:
     """(draws, sequences) tokens."""
-    return np.minimum(draw.geometric(1 / mean, size=(DRAWS, sequences)), most)
+    return np.minimum(draw.geometric(1 / mean, size=(SIMULATED_STEPS, sequences)), most)
 
 
-def overlap(lengths_DGN: np.ndarray, step_s: float, training_s: float) -> tuple[float, float]:
+def overlapped_seconds(
+    lengths_DGN: np.ndarray, step_s: float, training_s: float
+) -> tuple[float, float]:
     """(seconds of a step, seconds with overlap that costs nothing): a group is trained when its
     last completion has ended, one group after another.
     """
@@ -43,27 +45,33 @@ def main() -> None:
     parser.add_argument("--rollout-s", type=float, default=16.0)
     parser.add_argument("--training-s", type=float, default=2.6)
     parser.add_argument("--step-s", type=float, default=18.6)
-    given = parser.parse_args()
+    options = parser.parse_args()
     draw = np.random.default_rng(0)
-    count = given.groups * given.group_size
-    all_DN = lengths(draw, count, given.mean, given.most)
-    decode_s = given.rollout_s / given.most
-    print(f"mean length {all_DN.mean():.0f}; the longest reaches {given.most} in")
-    print(f"{(all_DN.max(1) == given.most).mean():.0%} of the steps; on average")
-    print(f"{all_DN.sum(1).mean() / given.most:.1f} of {count} sequences decode")
-    plain, best = overlap(
-        all_DN.reshape(DRAWS, given.groups, given.group_size), decode_s, given.training_s
+    count = options.groups * options.group_size
+    all_DN = sample_lengths(draw, count, options.mean, options.most)
+    decode_s = options.rollout_s / options.most
+    print(f"mean length {all_DN.mean():.0f}; the longest reaches {options.most} in")
+    print(f"{(all_DN.max(1) == options.most).mean():.0%} of the steps; on average")
+    print(f"{all_DN.sum(1).mean() / options.most:.1f} of {count} sequences decode")
+    plain_s, overlap_s = overlapped_seconds(
+        all_DN.reshape(SIMULATED_STEPS, options.groups, options.group_size),
+        decode_s,
+        options.training_s,
     )
-    print(f"overlap, at no cost: {plain:.1f} -> {best:.1f} s, {1 - best / plain:.0%}")
+    print(f"overlap, at no cost: {plain_s:.1f} -> {overlap_s:.1f} s, {1 - overlap_s / plain_s:.0%}")
     for lost in (0.25, 0.5, 1.0):
-        slower = best + lost * given.training_s
-        print(f"  decoding loses {lost:.0%} of the training time: {1 - slower / plain:.0%}")
-    need = given.rollout_s / (given.rollout_s - 0.15 * given.step_s)
-    print(f"speculation: 15 % of a step needs {need:.2f} tokens for the time of one decode step")
+        slower = overlap_s + lost * options.training_s
+        print(f"  decoding loses {lost:.0%} of the training time: {1 - slower / plain_s:.0%}")
+    tokens = options.rollout_s / (options.rollout_s - 0.15 * options.step_s)
+    print(f"speculation: 15 % of a step needs {tokens:.2f} tokens for the time of one decode step")
     for started in (count * 9 // 8, count * 5 // 4, count * 3 // 2):
-        kept = np.sort(lengths(draw, started, given.mean, given.most), 1)[:, :count]
-        seconds = decode_s * kept.max(1).mean() + given.training_s * kept.mean() / all_DN.mean()
-        print(f"over-sampling {started}: mean kept {kept.mean():.0f} tokens, step {seconds:.1f} s")
+        kept_DN = np.sort(sample_lengths(draw, started, options.mean, options.most), 1)[:, :count]
+        seconds = (
+            decode_s * kept_DN.max(1).mean() + options.training_s * kept_DN.mean() / all_DN.mean()
+        )
+        print(
+            f"over-sampling {started}: mean kept {kept_DN.mean():.0f} tokens, step {seconds:.1f} s"
+        )
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ ENGINES = (
         max_num_seqs=256,
     ),
 )
-DRY = (
+DRY_RUN_ENGINES = (
     EngineCase(
         "tiny",
         "tiny",
@@ -216,7 +216,7 @@ def main() -> int:
     options = parser.parse_args()
     cases = [
         case
-        for case in (DRY if options.dry else ENGINES)
+        for case in (DRY_RUN_ENGINES if options.dry else ENGINES)
         if not options.only or case.name in options.only
     ]
     options.out.mkdir(parents=True, exist_ok=True)
@@ -246,8 +246,8 @@ def run_all(cases: list[EngineCase], results: Path, work: Path, *, budget_s: flo
     """One process an engine; the worker appends a line a run, so a crash loses nothing."""
     start = time.monotonic()
     for case in cases:
-        found = read_results(results)
-        done = {(row["engine"], row["run"]) for row in found if not row.get("failed")}
+        rows = read_results(results)
+        done = {(row["engine"], row["run"]) for row in rows if not row.get("failed")}
         missing = [run for run in case.runs if (case.name, run.name) not in done]
         if not missing or time.monotonic() - start > budget_s:
             continue
@@ -256,12 +256,12 @@ def run_all(cases: list[EngineCase], results: Path, work: Path, *, budget_s: flo
         command = [*worker, json.dumps(request), str(results), str(work)]
         print(f"[{time.monotonic() - start:5.0f} s] engine {case.name}", flush=True)
         try:
-            ended = subprocess.run(command, timeout=ENGINE_LIMIT_S, check=False).returncode
+            returncode = subprocess.run(command, timeout=ENGINE_LIMIT_S, check=False).returncode
         except subprocess.TimeoutExpired:
-            ended = -1
-        if ended:
-            why = f"the process ended with {ended}"
-            append(results, {"engine": case.name, "run": "process", "failed": why})
+            returncode = -1
+        if returncode:
+            reason = f"the process ended with {returncode}"
+            append(results, {"engine": case.name, "run": "process", "failed": reason})
     print(f"[{time.monotonic() - start:5.0f} s] done", flush=True)
 
 
@@ -274,14 +274,14 @@ def read_results(results: Path) -> list[dict[str, Any]]:
     """Every line that is whole; of a run that was repeated, the last."""
     if not results.is_file():
         return []
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    row_of_run: dict[tuple[str, str], dict[str, Any]] = {}
     for line in results.read_text().splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        found[row["engine"], row["run"]] = row
-    return list(found.values())
+        row_of_run[row["engine"], row["run"]] = row
+    return list(row_of_run.values())
 
 
 def table(cases: list[EngineCase], rows: list[dict[str, Any]]) -> str:
@@ -310,8 +310,8 @@ def table(cases: list[EngineCase], rows: list[dict[str, Any]]) -> str:
 def term_line(engine: str, run: str, term: dict[str, Any]) -> str:
     row = Row(term["term"], term["predicted"], term["measured"])
     measured = "not measured" if row.measured is None else f"{row.measured / GIB:.3f}"
-    off = "" if row.relative_error is None else f"{row.relative_error:+.1%}"
-    cells = [engine, run, row.term, f"{row.predicted / GIB:.3f}", measured, off, term["verdict"]]
+    error = "" if row.relative_error is None else f"{row.relative_error:+.1%}"
+    cells = [engine, run, row.term, f"{row.predicted / GIB:.3f}", measured, error, term["verdict"]]
     return f"| {' | '.join(cells)} |"
 
 

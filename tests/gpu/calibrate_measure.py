@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from toolkit.train.report.memory_peaks import PhasePeaks
 
 NEW_TOKENS = 8  # of each sequence that the engine samples
-WITHIN, UNUSED = 0.05, 0.08  # of the prediction; of the card
+MAX_ERROR, MAX_UNUSED = 0.05, 0.08  # of the prediction; of the card
 
 
 class FullLength:
@@ -52,11 +52,11 @@ class FullLength:
         """A few tokens of max_num_seqs sequences, their prompts all in one step."""
         options = self.engine.options
         sequences, batched = options.max_num_seqs or 8, options.max_num_batched_tokens or 8192
-        words = min(self.engine.max_model_len - NEW_TOKENS, batched // sequences)
-        prompts = [self.tokens(max(words, 1)) for _ in range(sequences)]
-        few = Sampling(n=1, max_tokens=NEW_TOKENS, logprobs=0, extra={"ignore_eos": True})
-        told = self.engine.generate(prompts, few, seed=self.draw.randrange(1 << 30))
-        if any(len(row) != NEW_TOKENS for row in told.completion_ids):
+        prompt_tokens = min(self.engine.max_model_len - NEW_TOKENS, batched // sequences)
+        prompts = [self.tokens(max(prompt_tokens, 1)) for _ in range(sequences)]
+        sampling = Sampling(n=1, max_tokens=NEW_TOKENS, logprobs=0, extra={"ignore_eos": True})
+        rollout = self.engine.generate(prompts, sampling, seed=self.draw.randrange(1 << 30))
+        if any(len(row) != NEW_TOKENS for row in rollout.completion_ids):
             raise RuntimeError("the engine did not sample what it was asked for")
 
     def tokens(self, count: int) -> list[int]:
@@ -136,17 +136,17 @@ def terms_of(
     predicted |= {name: int(getattr(result.peaks, key)) for name, key in PEAK_KEYS.items()}
     rows = []
     for name in names:
-        found = measured.get(name)
+        measured_bytes = measured.get(name)
         verdict = ""
-        if found and name.startswith("peak"):
-            near = abs(predicted[name] / found - 1) <= WITHIN
-            verdict = "ok" if near and found <= result.peaks.bound_bytes else "OUTSIDE"
-        rows.append(_row(name, predicted[name], found or None, verdict))
+        if measured_bytes and name.startswith("peak"):
+            is_close = abs(predicted[name] / measured_bytes - 1) <= MAX_ERROR
+            verdict = "ok" if is_close and measured_bytes <= result.peaks.bound_bytes else "OUTSIDE"
+        rows.append(_row(name, predicted[name], measured_bytes or None, verdict))
     if "card.total" in measured:
         unused = 1 - measured["card.used"] / measured["card.total"]
         verdict = "smaller than what the engine was sized for"
         if sized_for_it:
-            verdict = "ok" if unused <= UNUSED else "more than 8 % unused"
+            verdict = "ok" if unused <= MAX_UNUSED else "more than 8 % unused"
         rows.append(_row("card used", measured["card.total"], measured["card.used"], verdict))
     return rows
 

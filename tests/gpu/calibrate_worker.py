@@ -66,7 +66,9 @@ def open_model(case: dict[str, Any], folder: Path, result: SizingResult) -> Any:
     from toolkit import FastLanguageModel
 
     choice = result.choice
-    more = {} if choice.kv_cache_bytes is None else {"kv_cache_bytes": choice.kv_cache_bytes}
+    kv_cache_option = (
+        {} if choice.kv_cache_bytes is None else {"kv_cache_bytes": choice.kv_cache_bytes}
+    )
     return FastLanguageModel.from_pretrained(
         str(folder),
         max_seq_length=case["max_length"],
@@ -80,7 +82,7 @@ def open_model(case: dict[str, Any], folder: Path, result: SizingResult) -> Any:
         max_num_seqs=choice.max_num_seqs,
         max_num_batched_tokens=choice.max_num_batched_tokens,
         dequantized_rollouts=choice.dequantized_rollouts,
-        **more,
+        **kv_cache_option,
     )
 
 
@@ -101,7 +103,7 @@ def main(request: str, results: str, work_folder: str) -> None:
     gpu = select_device(snapshot)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
     folder = make_checkpoint(case["shape"], work / case["shape"])
-    give_memory_back()
+    free_gpu_memory()
     spec = read_spec(str(folder))
     configs = [run_config(case, run, folder) for run in case["runs"]]
     sized = [solve(config, spec, device) for config in configs]
@@ -119,11 +121,13 @@ def main(request: str, results: str, work_folder: str) -> None:
     terms = terms_of(largest, engine_memory(engine.llm), names)
     append(Path(results), {**where, "run": "engine", "terms": terms})
     for run, config in zip(case["runs"], configs, strict=True):
-        one_run(run, config, (model, tokenizer), (spec, device, largest), Path(results), where)
+        train_one_run(
+            run, config, (model, tokenizer), (spec, device, largest), Path(results), where
+        )
     engine.close()
 
 
-def give_memory_back() -> None:
+def free_gpu_memory() -> None:
     """What comes next is to find the card as empty as it was sized for."""
     import torch
 
@@ -132,7 +136,7 @@ def give_memory_back() -> None:
         torch.cuda.empty_cache()
 
 
-def one_run(
+def train_one_run(
     run: dict[str, Any],
     config: RunConfig,
     loaded: Any,
@@ -174,13 +178,13 @@ def one_run(
     try:
         measured = train(policy, tokenizer, config, results.parent)
         names = ("trainer.step", "peak.rollout", "peak.training")
-        alike = result.peaks == largest.peaks
-        row["terms"] = terms_of(result, measured, names, sized_for_it=alike)
+        is_largest = result.peaks == largest.peaks
+        row["terms"] = terms_of(result, measured, names, sized_for_it=is_largest)
     except (torch.cuda.OutOfMemoryError, MemoryError, ToolkitError) as error:
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     append(results, {**row, "train_s": round(time.monotonic() - start, 1)})
     del policy, base
-    give_memory_back()
+    free_gpu_memory()
 
 
 if __name__ == "__main__":

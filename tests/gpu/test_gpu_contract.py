@@ -65,7 +65,7 @@ if __name__ == "__main__":
 """
 
 
-def test_the_first_example_as_it_stands(tmp_path: Path) -> None:
+def test_the_first_example_of_the_api_runs_unchanged(tmp_path: Path) -> None:
     sys.path.append(str(Path(__file__).resolve().parents[1] / "fixtures"))
     from tiny_llama import make_tiny
 
@@ -76,14 +76,14 @@ def test_the_first_example_as_it_stands(tmp_path: Path) -> None:
     )
     script = tmp_path / "example.py"
     script.write_text(EXAMPLE)
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(script), str(folder), str(tmp_path / "out")],
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    word, gap, kind, rank = done.stdout.splitlines()[-1].split()
+    assert result.returncode == 0, result.stderr[-3000:]
+    word, gap, kind, rank = result.stdout.splitlines()[-1].split()
     assert (word, kind, rank) == ("gap", "PeftModelForCausalLM", "64")
     assert float(gap) < 0.1  # nats: bfloat16 over 4-bit weights; random ones make it larger

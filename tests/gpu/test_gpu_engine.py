@@ -26,14 +26,19 @@ pytestmark = [
 ]
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 64}
+MODEL_SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import engine_checkpoints
 
-    return engine_checkpoints.make(tmp_path_factory.mktemp("gpu"), "llama", **WIDE)
+    return engine_checkpoints.make(tmp_path_factory.mktemp("gpu"), "llama", **MODEL_SIZES)
 
 
 @pytest.fixture
@@ -53,7 +58,7 @@ def open_gpu(folder: Path) -> Callable[..., Engine]:
     return opened
 
 
-def adapted(engine: Engine) -> Any:
+def model_with_adapter(engine: Engine) -> Any:
     """The shared model with a non-zero float32 adapter."""
     from peft import LoraConfig, get_peft_model
 
@@ -69,15 +74,15 @@ def adapted(engine: Engine) -> Any:
     return policy
 
 
-def mean_gap(engine: Engine, policy: Any) -> float:
+def mean_logp_gap(engine: Engine, policy: Any) -> float:
     """Mean |engine - trainer| log-probability over sampled tokens, in nats."""
     from toolkit.engine.rollout_request import Sampling
 
     prompt = list(range(3, 40))
-    told = engine.generate([prompt], Sampling(n=4, max_tokens=32), seed=1)
-    assert told.logprobs is not None
+    rollout = engine.generate([prompt], Sampling(n=4, max_tokens=32), seed=1)
+    assert rollout.logprobs is not None
     gaps = []
-    for ids, values in zip(told.completion_ids, told.logprobs, strict=True):
+    for ids, values in zip(rollout.completion_ids, rollout.logprobs, strict=True):
         tokens = torch.tensor([prompt + ids], device="cuda")
         with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
             logits = policy(tokens).logits[0, len(prompt) - 1 : -1].float()
@@ -93,7 +98,7 @@ def test_bfloat16_with_cuda_graphs_samples_the_trained_policy(
 
     with open_gpu() as engine:
         before = torch.cuda.memory_allocated()
-        policy = adapted(engine)
+        policy = model_with_adapter(engine)
         assert torch.cuda.memory_allocated() - before < 8 << 20  # adapter and rotary tables only
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
         tokens = torch.arange(3, 60, device="cuda")[None]
@@ -101,7 +106,7 @@ def test_bfloat16_with_cuda_graphs_samples_the_trained_policy(
             assert torch.equal(policy(tokens).logits, reference(tokens).logits)
         for _ in range(3):  # registered, then in place under the captured graphs
             engine.publish(policy)
-            assert mean_gap(engine, policy) < 0.03
+            assert mean_logp_gap(engine, policy) < 0.03
             with torch.no_grad():
                 for name, parameter in policy.named_parameters():
                     if "lora_B" in name:
@@ -115,7 +120,7 @@ def test_kv_only_sleep_frees_the_cache_and_keeps_the_weights(
 
     sampling = Sampling(n=4, max_tokens=16)
     with open_gpu(enable_sleep_mode=True) as engine:
-        policy = adapted(engine)
+        policy = model_with_adapter(engine)
         engine.publish(policy)
         first = engine.generate([[5, 6, 7]], sampling, seed=1)
         tokens = torch.arange(3, 60, device="cuda")[None]
@@ -134,13 +139,13 @@ def test_kv_only_sleep_frees_the_cache_and_keeps_the_weights(
 def test_4bit_layers_share_the_packed_weights(open_gpu: Callable[..., Engine]) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     with open_gpu(load_in_4bit=True, enforce_eager=True) as engine:
-        policy = adapted(engine)
+        policy = model_with_adapter(engine)
         storages = {p.data.untyped_storage().data_ptr() for p in engine.module.parameters()}
         layers = [m for m in policy.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
         assert len(layers) == 2 * len(SEVEN)
         assert all(m.weight.data.untyped_storage().data_ptr() in storages for m in layers)
         engine.publish(policy)
-        assert mean_gap(engine, policy) < 0.05
+        assert mean_logp_gap(engine, policy) < 0.05
         loss = policy(torch.arange(3, 60, device="cuda")[None]).logits.float().square().mean()
         loss.backward()
         trained = [p for p in policy.parameters() if p.requires_grad]
@@ -149,7 +154,7 @@ def test_4bit_layers_share_the_packed_weights(open_gpu: Callable[..., Engine]) -
 
 @pytest.mark.parametrize("wanted", [True, 3 << 20])
 @pytest.mark.parametrize("sleep", [False, True])
-def test_rollouts_over_copies_of_4bit_weights(
+def test_rollouts_with_16bit_copies_of_4bit_weights(
     open_gpu: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, wanted: Any, sleep: bool
 ) -> None:
     """Through captured graphs: memory that is the trainer's between two rollouts, the same tokens
@@ -163,9 +168,9 @@ def test_rollouts_over_copies_of_4bit_weights(
     prompts, sampling = [list(range(3, 40)), list(range(9, 25))], Sampling(n=4, max_tokens=32)
     with open_gpu(load_in_4bit=True, dequantized_rollouts=False) as engine:
         assert getattr(engine.module, COPIES_ATTRIBUTE, None) is None
-        policy = adapted(engine)
+        policy = model_with_adapter(engine)
         engine.publish(policy)
-        packed, gap = engine.generate(prompts, sampling, seed=1), mean_gap(engine, policy)
+        packed, gap = engine.generate(prompts, sampling, seed=1), mean_logp_gap(engine, policy)
         del policy
     with open_gpu(
         load_in_4bit=True, dequantized_rollouts=wanted, enable_sleep_mode=sleep
@@ -178,7 +183,7 @@ def test_rollouts_over_copies_of_4bit_weights(
             else 0 < len(copies._packed_weights) < layers
         )
         assert wanted is True or copies.nbytes <= wanted
-        policy = adapted(engine)
+        policy = model_with_adapter(engine)
         engine.publish(policy)
         first = engine.generate(prompts, sampling, seed=1)
         addresses = [tensor.data_ptr() for tensor in copies._copies]
@@ -194,7 +199,7 @@ def test_rollouts_over_copies_of_4bit_weights(
             again = engine.generate(prompts, sampling, seed=1)
             assert again.completion_ids == first.completion_ids
         assert [tensor.data_ptr() for tensor in copies._copies] == addresses
-        assert mean_gap(engine, policy) <= 1.25 * gap + 2e-3
+        assert mean_logp_gap(engine, policy) <= 1.25 * gap + 2e-3
         # Another kernel where a batch has one row, so a near tie may fall the other way.
         pairs = zip(packed.completion_ids, first.completion_ids, strict=True)
         assert sum(a[:4] == b[:4] for a, b in pairs) >= len(prompts) * sampling.n // 2

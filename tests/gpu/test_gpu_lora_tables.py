@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-def test_a_table_is_made_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tuned_table_is_used_by_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from toolkit.engine.open_engine import prepare_environment
 
     prepare_environment()
@@ -28,9 +28,9 @@ def test_a_table_is_made_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     shapes = [lora_tune.LayerShape((512, 128, 128), 512, 16), lora_tune.LayerShape((512,), 512, 16)]
     monkeypatch.setattr(lora_tune, "TUNED_BATCH_SIZES", (8,))
-    said: list[str] = []
-    table, before, after = lora_tune.tune_card(shapes, 60, said.append)
-    assert len(said) == 4
+    messages: list[str] = []
+    table, before, after = lora_tune.tune_card(shapes, 60, messages.append)
+    assert len(messages) == 4
     assert 0 < after <= before
     path = tmp_path / "table.json"
     lora_tables.write_table(table, path)
@@ -39,10 +39,10 @@ def test_a_table_is_made_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert lora_tables.use_table(card, vllm.__version__) is not None
     lora_tune.clear_vllm_caches()
     for op, key in (("shrink", "SHRINK"), ("expand", "EXPAND_TRUE")):
-        found = upstream.get_lora_op_configs(
+        config = upstream.get_lora_op_configs(
             op, 2, 8, 512, 16, 3, add_inputs=None if op == "shrink" else True
         )
         k, n = ("512", "16") if op == "shrink" else ("16", "512")
-        assert found == table[key]["2"]["3"]["8"][k][n]
+        assert config == table[key]["2"]["3"]["8"][k][n]
     # A number of slices that was not tuned has an entry too: vLLM would fail without one.
     assert upstream.get_lora_op_configs("shrink", 2, 8, 512, 16, 2) is not None

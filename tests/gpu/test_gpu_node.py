@@ -27,7 +27,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def smi(field: str) -> list[str]:
+def nvidia_smi(field: str) -> list[str]:
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[
         :-1
@@ -39,14 +39,14 @@ def test_the_probe_agrees_with_nvidia_smi() -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     gpus = report["gpus"]
-    assert [gpu["name"]["value"] for gpu in gpus] == smi("name")
-    assert [gpu["uuid"]["value"] for gpu in gpus] == smi("uuid")
+    assert [gpu["name"]["value"] for gpu in gpus] == nvidia_smi("name")
+    assert [gpu["uuid"]["value"] for gpu in gpus] == nvidia_smi("uuid")
     totals = [gpu["memory"]["value"]["total"] >> 20 for gpu in gpus]
-    assert totals == [int(text) for text in smi("memory.total")]
-    assert report["driver"]["version"]["value"] == smi("driver_version")[0]
+    assert totals == [int(text) for text in nvidia_smi("memory.total")]
+    assert report["driver"]["version"]["value"] == nvidia_smi("driver_version")[0]
 
 
-def test_a_node_in_use_is_judged_in_two_seconds() -> None:
+def test_the_checks_of_a_node_take_less_than_two_seconds() -> None:
     run("check", *NODE)  # wakes a card without persistence mode
     start = time.perf_counter()
     result = run("check", *NODE, "--json")
@@ -56,11 +56,11 @@ def test_a_node_in_use_is_judged_in_two_seconds() -> None:
     assert wrong == [], "this node is bad, or a check is"
 
 
-def test_a_recording_of_this_node_is_judged_alike(tmp_path: Path) -> None:
+def test_a_replayed_recording_gives_the_same_exit_code(tmp_path: Path) -> None:
     file = tmp_path / "node.json"
     assert run("record", str(file)).returncode == 0
     text = file.read_text()
-    assert not [uuid for uuid in smi("uuid") if uuid in text]
+    assert not [uuid for uuid in nvidia_smi("uuid") if uuid in text]
     result = run("replay", str(file))
     assert "as recorded:" in result.stdout, result.stdout
     assert result.returncode == json.loads(text)["exit_code"]

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def _model(folder: Path, mode: Any, **values: Any) -> Any:
+def _load_with_adapter(folder: Path, mode: Any, **values: Any) -> Any:
     from toolkit.policy.language_model import FastLanguageModel
 
     plain = {"max_seq_length": 2048, "load_in_4bit": False}
@@ -48,7 +48,7 @@ def _model(folder: Path, mode: Any, **values: Any) -> Any:
     return model
 
 
-def _step(model: Any) -> tuple[int, dict[str, Any]]:
+def _peak_and_gradients(model: Any) -> tuple[int, dict[str, Any]]:
     """(peak bytes above the start, gradients) of one forward and backward pass."""
     ids = (torch.arange(4 * 2048, device="cuda").view(4, 2048) % 50) + 3
     torch.cuda.synchronize()
@@ -65,44 +65,50 @@ def _step(model: Any) -> tuple[int, dict[str, Any]]:
     return torch.cuda.max_memory_allocated() - start, gradients
 
 
-def test_each_mode_needs_less_than_the_one_before_for_the_same_gradients(folder: Path) -> None:
-    found = {}
+def test_checkpointing_modes_save_memory_and_keep_the_gradients(folder: Path) -> None:
+    peak_and_gradients = {}
     for mode in (False, True, "unsloth"):
-        model = _model(folder, mode)
-        found[mode] = _step(model)
+        model = _load_with_adapter(folder, mode)
+        peak_and_gradients[mode] = _peak_and_gradients(model)
         del model
-    assert found[False][0] > found[True][0] > found["unsloth"][0]
+    assert (
+        peak_and_gradients[False][0]
+        > peak_and_gradients[True][0]
+        > peak_and_gradients["unsloth"][0]
+    )
     for mode in (True, "unsloth"):
-        for name, gradient in found[False][1].items():
-            assert torch.allclose(found[mode][1][name], gradient, atol=1e-2, rtol=1e-2), name
+        for name, gradient in peak_and_gradients[False][1].items():
+            assert torch.allclose(
+                peak_and_gradients[mode][1][name], gradient, atol=1e-2, rtol=1e-2
+            ), name
 
 
 def test_bfloat16_base_and_float32_adapter(folder: Path) -> None:
-    model = _model(folder, False)
+    model = _load_with_adapter(folder, False)
     assert model.get_base_model().dtype is torch.bfloat16
     trained = {value.dtype for value in model.parameters() if value.requires_grad}
     assert trained == {torch.float32}
 
 
-def test_four_bits(folder: Path) -> None:
+def test_a_4bit_model_trains_and_generates(folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    model = _model(folder, "unsloth", load_in_4bit=True)
+    model = _load_with_adapter(folder, "unsloth", load_in_4bit=True)
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     assert type(layer.base_layer).__name__ == "Linear4bit"
     assert layer.base_layer.weight.quant_state.quant_type == "nf4"
     assert not layer.base_layer.weight.quant_state.nested
-    _, gradients = _step(model)
+    _, gradients = _peak_and_gradients(model)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
     answer = model.fast_generate("12+3=", max_tokens=4, temperature=0)[0]
     assert len(answer.outputs[0].token_ids) > 0
 
 
-def test_memory_is_in_segments_that_grow(folder: Path) -> None:
+def test_memory_is_allocated_in_expandable_segments(folder: Path) -> None:
     """Also where CUDA was started before, as importing bitsandbytes does."""
     torch.cuda.init()
-    _model(folder, False)
-    held = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
-    segments = [one for one in torch.cuda.memory_snapshot() if one["total_size"] >= held.numel()]
+    _load_with_adapter(folder, False)
+    tensor = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    segments = [one for one in torch.cuda.memory_snapshot() if one["total_size"] >= tensor.numel()]
     assert segments
     assert all(one["is_expandable"] for one in segments)

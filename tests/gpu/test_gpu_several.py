@@ -26,12 +26,12 @@ def test_a_run_with_several_visible_gpus(
     from train_world import make_run_files, run_toolkit
 
     run_file = make_run_files(tmp_path, engine=engine, steps=2)
-    more = [] if processes is None else ["--nproc-per-node", processes]
-    done = run_toolkit("train", str(run_file), *more, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = [] if processes is None else ["--nproc-per-node", processes]
+    result = run_toolkit("train", str(run_file), *options, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
     count = torch.cuda.device_count()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["world_size"] == (count if processes else 1)
     assert manifest["base"]["unchanged"] is True
     hint = f"uses GPU 0 of {count} visible GPUs"
-    assert (hint in done.stdout) is (processes is None)
+    assert (hint in result.stdout) is (processes is None)

@@ -31,15 +31,15 @@ print(before - free - torch.cuda.memory_reserved(), total)
 """
 
 
-def test_the_total_and_the_context_are_as_assumed() -> None:
+def test_total_and_context_memory_agree_with_the_constants() -> None:
     snapshot = take_snapshot()
     gpu = select_device(snapshot)
     assert gpu is not None
     device = Device.from_node(snapshot, gpu)
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", CONTEXT], capture_output=True, text=True, check=True
     )
-    context, total = map(int, done.stdout.split())
+    context, total = map(int, result.stdout.split())
     assert device.cuda_total_bytes == pytest.approx(total, rel=0.003)
     # Libraries load more as they are used; half of it, or more than it, is a wrong constant.
     assert 0.5 * device.context_bytes <= context <= 1.2 * device.context_bytes

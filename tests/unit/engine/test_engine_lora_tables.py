@@ -20,7 +20,7 @@ CONFIG = {"2": {"1": {"64": {"4096": {"64": {"block_m": 16}}}}}}
 
 
 @pytest.fixture(autouse=True)
-def _own_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def unset_table_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (FOLDER_VARIABLE, TABLE_VARIABLE):
         monkeypatch.setenv(name, "x")  # so that it is put back, whatever is done to it
         monkeypatch.delenv(name)
@@ -28,7 +28,7 @@ def _own_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_tables, "_created_folders", {})
 
 
-def made(folder: Path, *names: str, version: str = "0.25.1") -> Path:
+def write_tables(folder: Path, *names: str, version: str = "0.25.1") -> Path:
     for name in names:
         table: dict[str, Any] = {"vllm": version, "card": name, **dict.fromkeys(OPS, CONFIG)}
         write_table(table, folder / f"{name}.json")
@@ -39,19 +39,21 @@ def made(folder: Path, *names: str, version: str = "0.25.1") -> Path:
     ("card", "found"),
     [(H200, "h200"), (H100, "h100"), ("NVIDIA H100 NVL", "h100"), (A100, "a100"), ("NVIDIA L4", 0)],
 )
-def test_the_table_is_chosen_by_the_card(tmp_path: Path, card: str, found: str | int) -> None:
-    shipped = made(tmp_path, "h200", "h100", "a100")
+def test_the_table_is_chosen_by_the_name_of_the_card(
+    tmp_path: Path, card: str, found: str | int
+) -> None:
+    shipped = write_tables(tmp_path, "h200", "h100", "a100")
     path = lora_tables.find_table(card, shipped)
     assert (path.stem if path else 0) == found
 
 
-def test_a_card_of_the_class_takes_its_table(tmp_path: Path) -> None:
-    assert lora_tables.find_table(H100, made(tmp_path, "h200")) == tmp_path / "h200.json"
+def test_a_card_uses_the_table_of_a_similar_card(tmp_path: Path) -> None:
+    assert lora_tables.find_table(H100, write_tables(tmp_path, "h200")) == tmp_path / "h200.json"
     assert lora_tables.find_table(A100, tmp_path) is None
 
 
 def test_vllm_finds_its_files_under_the_names_of_the_card(tmp_path: Path) -> None:
-    shipped = made(tmp_path, "a100")
+    shipped = write_tables(tmp_path, "a100")
     folder = use_table(A100, "0.25.1", shipped)
     assert folder is not None
     assert os.environ[FOLDER_VARIABLE] == str(folder)
@@ -62,7 +64,7 @@ def test_vllm_finds_its_files_under_the_names_of_the_card(tmp_path: Path) -> Non
 
 
 def test_a_table_for_another_version_is_ignored_with_one_warning(tmp_path: Path) -> None:
-    shipped = made(tmp_path, "h200", version="0.24.0")
+    shipped = write_tables(tmp_path, "h200", version="0.24.0")
     with pytest.warns(
         ToolkitWarning, match=r"vLLM 0\.24\.0, but the installed version is vLLM 0\.25\.1"
     ):
@@ -71,11 +73,13 @@ def test_a_table_for_another_version_is_ignored_with_one_warning(tmp_path: Path)
     assert FOLDER_VARIABLE not in os.environ
 
 
-def test_what_the_user_sets_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = made(tmp_path, "h200")
+def test_variables_of_the_user_take_precedence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = write_tables(tmp_path, "h200")
     (tmp_path / "own").mkdir()
-    own = made(tmp_path / "own", "mine")
-    monkeypatch.setenv(TABLE_VARIABLE, str(own / "mine.json"))
+    user_folder = write_tables(tmp_path / "own", "mine")
+    monkeypatch.setenv(TABLE_VARIABLE, str(user_folder / "mine.json"))
     assert use_table("NVIDIA L4", "0.25.1", shipped) is not None
     monkeypatch.setenv(TABLE_VARIABLE, "off")
     assert use_table(H200, "0.25.1", shipped) is None
@@ -87,7 +91,7 @@ def test_what_the_user_sets_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"vllm": "0.25.1", "SHRINK": {}}', "{"])
-def test_what_is_no_table_is_refused(
+def test_a_file_that_is_not_a_table_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     path = tmp_path / "table.json"
@@ -99,7 +103,7 @@ def test_what_is_no_table_is_refused(
     assert str(path) in str(caught.value.where)
 
 
-def test_tables_that_are_shipped_are_whole() -> None:
+def test_shipped_tables_have_all_slice_counts() -> None:
     for path in lora_tables.SHIPPED_TABLES.glob("*.json"):
         table = lora_tables.read_table(path)
         for op in OPS:

@@ -12,12 +12,12 @@ pytest.importorskip("vllm")
 
 from toolkit.engine.engine_memory import asleep_bytes, read_worker_memory
 
-COMMON = {
+COMMON_ATTRIBUTES = {
     "model_runner": SimpleNamespace(model_memory_usage=3_000),
     "available_kv_cache_memory_bytes": 9_000,
     "cudagraph_memory_estimate": 50,
 }
-WANTED = {
+EXPECTED_TERMS = {
     "engine.loaded": 3_000,
     "engine.activations": 700,
     "engine.runtime": 200,
@@ -34,21 +34,21 @@ WANTED = {
     ],
     ids=["0.25.1", "0.31.0"],
 )
-def test_the_worker_s_account_in_the_terms_of_sizing(worker: dict[str, int]) -> None:
-    assert read_worker_memory(SimpleNamespace(**COMMON, **worker)) == WANTED
+def test_the_worker_memory_has_the_names_of_sizing_terms(worker: dict[str, int]) -> None:
+    assert read_worker_memory(SimpleNamespace(**COMMON_ATTRIBUTES, **worker)) == EXPECTED_TERMS
 
 
-def test_what_was_not_profiled_is_left_out() -> None:
+def test_terms_that_were_not_measured_are_omitted() -> None:
     worker = SimpleNamespace(model_runner=SimpleNamespace(model_memory_usage=3_000))
     assert read_worker_memory(worker) == {"engine.loaded": 3_000}
 
 
-def test_only_what_sleeps_is_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asleep_bytes_counts_only_sleeping_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     def allocation(nbytes: int, *, asleep: bool) -> Any:
         return SimpleNamespace(handle=(0, nbytes, 0, 0), is_asleep=asleep)
 
-    held = {0: allocation(5, asleep=True), 1: allocation(7, asleep=False)}
-    allocator = SimpleNamespace(instance=SimpleNamespace(pointer_to_data=held))
+    allocations = {0: allocation(5, asleep=True), 1: allocation(7, asleep=False)}
+    allocator = SimpleNamespace(instance=SimpleNamespace(pointer_to_data=allocations))
     name = "vllm.device_allocator.cumem"
     monkeypatch.delitem(sys.modules, name, raising=False)
     assert asleep_bytes() == 0  # never imported: nothing can be asleep

@@ -12,18 +12,18 @@ from toolkit.engine import open_engine
 from toolkit.engine.engine_options import LOAD_FORMAT, EngineOptions
 
 
-def test_what_is_set_is_told_and_the_rest_left_to_vllm() -> None:
+def test_only_options_that_are_set_reach_vllm() -> None:
     options = EngineOptions(
         model="m", revision="r1", gpu_memory_utilization=0.4, lora_target_modules=("q_proj",)
     )
-    told = options.to_vllm("cuda")
-    assert told["lora_target_modules"] == ["q_proj"]
-    assert told["gpu_memory_utilization"] == 0.4
-    assert told["revision"] == told["tokenizer_revision"] == "r1"
-    assert told["load_format"] == LOAD_FORMAT
-    assert told["logprobs_mode"] == "processed_logprobs"
-    assert "max_num_batched_tokens" not in told
-    assert told["enforce_eager"] is False
+    arguments = options.to_vllm("cuda")
+    assert arguments["lora_target_modules"] == ["q_proj"]
+    assert arguments["gpu_memory_utilization"] == 0.4
+    assert arguments["revision"] == arguments["tokenizer_revision"] == "r1"
+    assert arguments["load_format"] == LOAD_FORMAT
+    assert arguments["logprobs_mode"] == "processed_logprobs"
+    assert "max_num_batched_tokens" not in arguments
+    assert arguments["enforce_eager"] is False
     assert options.to_vllm("cpu")["enforce_eager"] is True
     assert "gpu_memory_utilization" not in options.to_vllm("cpu")
 
@@ -42,22 +42,24 @@ def test_each_option_reaches_vllm(changes: dict, key: str, value: object) -> Non
     assert EngineOptions(model="m", **changes).to_vllm("cuda")[key] == value
 
 
-def test_a_gpu_gets_graphs_without_compiling_unless_told_otherwise() -> None:
-    told = EngineOptions(model="m").to_vllm("cuda")["compilation_config"]
-    assert told == {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+def test_a_gpu_uses_graphs_without_compilation_by_default() -> None:
+    default_config = EngineOptions(model="m").to_vllm("cuda")["compilation_config"]
+    assert default_config == {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     assert "compilation_config" not in EngineOptions(model="m").to_vllm("cpu")
     assert "compilation_config" not in EngineOptions(model="m", enforce_eager=True).to_vllm("cuda")
     chosen = EngineOptions(model="m", compilation_config={"mode": 3}).to_vllm("cuda")
     assert chosen["compilation_config"] == {"mode": 3}
-    few = EngineOptions(model="m", max_num_seqs=20).to_vllm("cuda")["compilation_config"]
-    assert few["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 20]
+    small_batch_config = EngineOptions(model="m", max_num_seqs=20).to_vllm("cuda")[
+        "compilation_config"
+    ]
+    assert small_batch_config["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 20]
     # Our own option, which vLLM does not know.
     assert "dequantized_rollouts" not in EngineOptions(model="m").to_vllm("cuda")
 
 
-def test_without_lora_or_sharing_nothing_of_them_is_said() -> None:
-    told = EngineOptions(model="m", enable_lora=False, share_weights=False).to_vllm("cuda")
-    assert not {"enable_lora", "max_lora_rank", "max_loras", "load_format"} & set(told)
+def test_without_lora_and_sharing_their_options_are_omitted() -> None:
+    arguments = EngineOptions(model="m", enable_lora=False, share_weights=False).to_vllm("cuda")
+    assert not {"enable_lora", "max_lora_rank", "max_loras", "load_format"} & set(arguments)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +75,14 @@ def test_without_lora_or_sharing_nothing_of_them_is_said() -> None:
         ({"extra": {"max_loras": 2}}, ConfigValueError, "is a field of EngineOptions"),
     ],
 )
-def test_what_cannot_be_served_is_refused_at_once(changes: dict, error: type, text: str) -> None:
+def test_unsupported_options_are_refused_at_once(changes: dict, error: type, text: str) -> None:
     with pytest.raises(error, match=text) as caught:
         EngineOptions(model="m", **changes)
     assert caught.value.fix
     EngineOptions(model="m", tensor_parallel_size=2)
 
 
-def test_environment_respects_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_keeps_values_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS"):
         monkeypatch.setenv(name, "x")
@@ -97,7 +99,7 @@ def test_environment_respects_what_the_user_set(monkeypatch: pytest.MonkeyPatch)
     assert caught.value.fix == "unset VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
-def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vllm_the_error_names_the_pip_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_engine, "vllm_available", lambda: False)
     with pytest.raises(MissingExtraError, match="vLLM") as caught:
         open_engine.open_engine(EngineOptions(model="m"))
@@ -111,5 +113,7 @@ def test_options_rollout_and_load_import_neither_torch_nor_vllm() -> None:
         " toolkit.engine.open_engine;"
         " print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

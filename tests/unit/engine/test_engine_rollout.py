@@ -49,12 +49,12 @@ def test_seeds_are_the_same_on_every_machine() -> None:
     "bad",
     [{"n": 0}, {"max_tokens": 0}, *({"extra": {name: 2}} for name in ("seed", "n", "logprobs"))],
 )
-def test_sampling_refuses_what_breaks_the_layout(bad: dict) -> None:
+def test_sampling_refuses_values_that_break_the_layout(bad: dict) -> None:
     with pytest.raises(ConfigValueError):
         Sampling(**bad)
 
 
-def test_prompts_are_checked() -> None:
+def test_empty_and_too_long_prompts_are_refused() -> None:
     check_prompts([[1], [2, 3]], 5, 3)
     with pytest.raises(ConfigValueError, match="prompt 1 has 3 tokens"):
         check_prompts([[1], [2, 3, 4]], 5, 3)
@@ -62,7 +62,7 @@ def test_prompts_are_checked() -> None:
         check_prompts([[]], 5, 3)
 
 
-def test_rollout_unpacks_as_trl_does() -> None:
+def test_rollout_has_the_order_in_which_trl_unpacks_it() -> None:
     prompts, completions, logprobs, tokens = Rollout([[1]], [[2]], [[[-0.5]]], [[[2]]]).as_tuple()
     assert (prompts, completions, logprobs, tokens) == ([[1]], [[2]], [[[-0.5]]], [[[2]]])
 
@@ -82,22 +82,22 @@ def test_rollout_unpacks_as_trl_does() -> None:
         ("Error 802: system not yet initialized", NodeError),
     ],
 )
-def test_a_known_failure_is_told_by_its_check(text: str, kind: type) -> None:
-    told = to_toolkit_error(RuntimeError(text), "the engine did not start")
-    assert type(told) is kind
-    assert told.where is not None
-    assert told.where.startswith("check ")
-    assert told.fix
+def test_the_error_of_a_known_failure_names_its_check(text: str, kind: type) -> None:
+    converted = to_toolkit_error(RuntimeError(text), "the engine did not start")
+    assert type(converted) is kind
+    assert converted.where is not None
+    assert converted.where.startswith("check ")
+    assert converted.fix
 
 
-def test_an_error_without_a_message_names_its_place() -> None:
+def test_an_error_without_a_message_names_its_source_line() -> None:
     """A failed assertion of vLLM often has no text."""
     try:
         raise AssertionError
     except AssertionError as error:
-        told = to_toolkit_error(error, "the engine did not start")
-    assert "AssertionError without a message, raised at " in told.message
-    assert f"{Path(__file__).name}:" in told.message
+        converted = to_toolkit_error(error, "the engine did not start")
+    assert "AssertionError without a message, raised at " in converted.message
+    assert f"{Path(__file__).name}:" in converted.message
     assert to_toolkit_error(AssertionError(), "start").message == "start: AssertionError"
 
 
@@ -105,9 +105,9 @@ def test_an_unknown_failure_is_quoted_and_its_cause_is_read() -> None:
     outer = RuntimeError("Engine core initialization failed")
     outer.__cause__ = RuntimeError("No available memory for the cache blocks.")
     assert isinstance(to_toolkit_error(outer, "start"), ConfigError)
-    told = to_toolkit_error(RuntimeError("boom\nlong tail"), "the rollout failed")
-    assert type(told) is NodeError
-    assert told.message == "the rollout failed: RuntimeError: boom"
+    converted = to_toolkit_error(RuntimeError("boom\nlong tail"), "the rollout failed")
+    assert type(converted) is NodeError
+    assert converted.message == "the rollout failed: RuntimeError: boom"
     assert type(to_toolkit_error(ValueError("dtype foo"), "start")) is ConfigError
     missing = to_toolkit_error(
         AssertionError("Attempted to load weight (a) into parameter (b)"), "start"

@@ -17,15 +17,15 @@ from toolkit.engine.together import check_peers, repeatable_phase, watch_peers
 from toolkit.train.launch import child_environment, free_port
 
 WORKER = Path(__file__).with_name("together_worker.py")
-FULL = ["OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB"]
+OUT_OF_MEMORY = ["OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB"]
 
 
-def elsewhere(number: int) -> list[str]:
+def peer_error(number: int) -> list[str]:
     return ["PeerOutOfMemoryError", f"process {number} ran out of memory"]
 
 
 @pytest.fixture(scope="module")
-def told() -> list[dict[str, Any]]:
+def results() -> list[dict[str, Any]]:
     """What each of two processes found."""
     port = free_port()
     workers = [
@@ -45,30 +45,32 @@ def told() -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("case", "failing"), [("first", 0), ("middle", 1), ("end", 0), ("both", None)]
 )
-def test_all_processes_leave_a_step_and_repeat_it(
-    told: list[dict[str, Any]], case: str, failing: int | None
+def test_all_processes_raise_in_a_failed_step_and_can_repeat_it(
+    results: list[dict[str, Any]], case: str, failing: int | None
 ) -> None:
-    for number, found in enumerate(told):
+    for number, found in enumerate(results):
         assert found["none"] == 2
-        assert found[case] == (FULL if failing in (number, None) else elsewhere(failing))
+        assert found[case] == (OUT_OF_MEMORY if failing in (number, None) else peer_error(failing))
         assert found[f"{case}, then"] == 2, "the group is as it was"
 
 
-def test_a_rollout_is_repeated_by_all(told: list[dict[str, Any]]) -> None:
-    assert [found["rollout"] for found in told] == ["drawn"] * 2
-    assert [found["rollout fails"] for found in told] == [FULL, elsewhere(0)]
-    assert [found["rollout fails in both"] for found in told] == [FULL, FULL]
+def test_all_processes_repeat_a_rollout(results: list[dict[str, Any]]) -> None:
+    assert [found["rollout"] for found in results] == ["drawn"] * 2
+    assert [found["rollout fails"] for found in results] == [OUT_OF_MEMORY, peer_error(0)]
+    assert [found["rollout fails in both"] for found in results] == [OUT_OF_MEMORY, OUT_OF_MEMORY]
 
 
-def test_a_process_that_gets_no_answer_ends_the_run(told: list[dict[str, Any]]) -> None:
-    kind, text = told[1]["alone"]
+def test_a_process_without_an_answer_of_its_peer_raises_an_error(
+    results: list[dict[str, Any]],
+) -> None:
+    kind, text = results[1]["alone"]
     assert kind == "ConfigError"
     assert "process 1 ran out of memory during a rollout" in text
     assert "Tried to allocate 2.00 GiB" in text
-    assert told[0]["alone"][0] == "RuntimeError", "the other one finds the connection closed"
+    assert results[0]["alone"][0] == "RuntimeError", "the other one finds the connection closed"
 
 
-def test_one_process_agrees_with_nobody() -> None:
+def test_a_single_process_exchanges_no_flags() -> None:
     assert current_mesh() is None
     with repeatable_phase():
         watch_peers()

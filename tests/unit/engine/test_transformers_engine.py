@@ -32,7 +32,7 @@ def engine(model: Any) -> TransformersEngine:
     return TransformersEngine(model, pad_id=0, end_ids=[2])
 
 
-def test_it_has_the_engines_face(engine: TransformersEngine, model: Any) -> None:
+def test_it_implements_the_rollout_engine_interface(engine: TransformersEngine, model: Any) -> None:
     assert isinstance(engine, RolloutEngine)
     engine.publish(model)
     engine.sleep()
@@ -42,7 +42,7 @@ def test_it_has_the_engines_face(engine: TransformersEngine, model: Any) -> None
         engine.publish(object())
 
 
-def test_the_layout_is_trls(engine: TransformersEngine) -> None:
+def test_the_rollout_has_the_layout_of_trl(engine: TransformersEngine) -> None:
     rollout = engine.generate(PROMPTS, Sampling(n=2, max_tokens=4), seed=0)
     assert rollout.prompt_ids == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
     assert len(rollout.completion_ids) == 4
@@ -55,7 +55,9 @@ def test_the_layout_is_trls(engine: TransformersEngine) -> None:
         assert len(values) == len(ids)
 
 
-def test_more_log_probabilities_come_most_likely_first(engine: TransformersEngine) -> None:
+def test_log_probabilities_are_ordered_from_the_most_likely_token(
+    engine: TransformersEngine,
+) -> None:
     rollout = engine.generate(PROMPTS, Sampling(max_tokens=6, logprobs=3), seed=0)
     assert rollout.logprobs is not None
     assert rollout.logprob_token_ids is not None
@@ -68,19 +70,19 @@ def test_more_log_probabilities_come_most_likely_first(engine: TransformersEngin
             assert len(names) == len(set(names)) in (3, 4)
 
 
-def test_none_are_made_when_none_are_asked_for(engine: TransformersEngine) -> None:
+def test_there_are_no_log_probabilities_unless_requested(engine: TransformersEngine) -> None:
     rollout = engine.generate(PROMPTS, Sampling(max_tokens=2, logprobs=None), seed=0)
     assert rollout.logprobs is rollout.logprob_token_ids is None
     assert engine.generate([], Sampling(), seed=0).completion_ids == []
 
 
-def test_the_published_generation_config_does_not_leak_in(model: Any) -> None:
+def test_the_generation_config_of_the_checkpoint_is_ignored(model: Any) -> None:
     """A checkpoint's own temperature or top_k must not change what was asked for."""
     engine = TransformersEngine(model, pad_id=0, end_ids=[2])
-    plain = engine.generate(PROMPTS, Sampling(max_tokens=8), seed=3)
-    keep = model.generation_config
+    expected = engine.generate(PROMPTS, Sampling(max_tokens=8), seed=3)
+    original = model.generation_config
     try:
-        model.generation_config = type(keep)(
+        model.generation_config = type(original)(
             temperature=0.1,
             top_k=1,
             top_p=0.1,
@@ -88,12 +90,14 @@ def test_the_published_generation_config_does_not_leak_in(model: Any) -> None:
             repetition_penalty=3.0,
             eos_token_id=2,
         )
-        assert engine.generate(PROMPTS, Sampling(max_tokens=8), seed=3) == plain
+        assert engine.generate(PROMPTS, Sampling(max_tokens=8), seed=3) == expected
     finally:
-        model.generation_config = keep
+        model.generation_config = original
 
 
-def test_the_model_is_left_as_it_was(engine: TransformersEngine, model: Any) -> None:
+def test_training_mode_and_random_state_are_restored(
+    engine: TransformersEngine, model: Any
+) -> None:
     model.train()
     state = torch.get_rng_state()
     engine.generate(PROMPTS, Sampling(max_tokens=2), seed=0)
@@ -102,13 +106,13 @@ def test_the_model_is_left_as_it_was(engine: TransformersEngine, model: Any) -> 
     model.eval()
 
 
-def test_min_p_and_top_k_narrow_the_draw(engine: TransformersEngine) -> None:
+def test_min_p_and_top_k_restrict_the_sampled_tokens(engine: TransformersEngine) -> None:
     greedy = engine.generate(PROMPTS, Sampling(max_tokens=8, temperature=0), seed=0)
     for narrow in (Sampling(max_tokens=8, top_k=1), Sampling(max_tokens=8, min_p=1.0)):
         assert engine.generate(PROMPTS, narrow, seed=1).completion_ids == greedy.completion_ids
 
 
-def test_what_it_cannot_do_is_said(engine: TransformersEngine) -> None:
+def test_unsupported_options_raise_errors(engine: TransformersEngine) -> None:
     with pytest.raises(UnsupportedError, match="structured outputs need the vLLM engine"):
         engine.generate(PROMPTS, Sampling(structured_outputs_regex="a"), seed=0)
     with pytest.raises(
@@ -123,42 +127,45 @@ def test_what_it_cannot_do_is_said(engine: TransformersEngine) -> None:
         engine.generate([[5] * 300], Sampling(), seed=0)
 
 
-def test_a_completion_is_drawn_by_its_row_whoever_draws_it(engine: TransformersEngine) -> None:
+def test_a_completion_depends_on_its_row_and_not_on_the_call(engine: TransformersEngine) -> None:
     """A batch may be cut over ranks, through a group too, or halved where memory runs out."""
-    whole = engine.generate(PROMPTS, Sampling(n=4, max_tokens=8), seed=5)
-    assert len({tuple(ids) for ids in whole.completion_ids}) == 8
+    full_batch = engine.generate(PROMPTS, Sampling(n=4, max_tokens=8), seed=5)
+    assert len({tuple(ids) for ids in full_batch.completion_ids}) == 8
     first = [PROMPTS[0]] * 4 + [PROMPTS[1]]
     parts = [(first, range(5)), ([PROMPTS[1]] * 3, range(5, 8))]
-    cut = [
+    partial_rollouts = [
         engine.generate(prompts, Sampling(max_tokens=8), seed=5, rows=rows)
         for prompts, rows in parts
     ]
-    assert cut[0].completion_ids + cut[1].completion_ids == whole.completion_ids
-    assert whole.logprobs is not None
-    for part, begin in zip(cut, (0, 5), strict=True):
+    assert (
+        partial_rollouts[0].completion_ids + partial_rollouts[1].completion_ids
+        == full_batch.completion_ids
+    )
+    assert full_batch.logprobs is not None
+    for part, begin in zip(partial_rollouts, (0, 5), strict=True):
         assert part.logprobs is not None
-        for ours, theirs in zip(part.logprobs, whole.logprobs[begin:], strict=False):
+        for ours, theirs in zip(part.logprobs, full_batch.logprobs[begin:], strict=False):
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs))
 
 
-def test_draws_follow_the_probabilities() -> None:
+def test_sampled_tokens_follow_the_probabilities() -> None:
     from toolkit.engine.hf_sampling import RowSampler
 
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
     rows = 4000
-    draws = RowSampler(range(rows), keep_scores=True)
+    sampler = RowSampler(range(rows), keep_scores=True)
     scores = probabilities.log().repeat(rows, 1)
     counts = torch.zeros(4)
     for _ in range(2):
-        counts += draws(torch.zeros(rows, 1), scores).argmax(-1).bincount(minlength=4)
+        counts += sampler(torch.zeros(rows, 1), scores).argmax(-1).bincount(minlength=4)
     assert counts[1] == 0
     torch.testing.assert_close(counts / (2 * rows), probabilities, atol=0.02, rtol=0)
-    assert all(torch.equal(kept, scores) for kept in draws.scores)
-    spoiled = torch.full((rows, 4), torch.nan)
-    assert draws(torch.zeros(rows, 1), spoiled).isnan().all()  # transformers rejects it
+    assert all(torch.equal(kept, scores) for kept in sampler.scores)
+    nan_scores = torch.full((rows, 4), torch.nan)
+    assert sampler(torch.zeros(rows, 1), nan_scores).isnan().all()  # transformers rejects it
 
 
-def test_stop_strings_stop(model: Any) -> None:
+def test_a_completion_ends_at_a_stop_string(model: Any) -> None:
     from string import ascii_letters
 
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -169,7 +176,7 @@ def test_stop_strings_stop(model: Any) -> None:
     letters.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
     engine = TransformersEngine(model, pad_id=0, end_ids=[], tokenizer=tokenizer)
-    free = engine.generate([[5]], Sampling(max_tokens=12), seed=1).completion_ids[0]
-    stop = tokenizer.decode(free)[2:4]
+    unstopped = engine.generate([[5]], Sampling(max_tokens=12), seed=1).completion_ids[0]
+    stop = tokenizer.decode(unstopped)[2:4]
     stopped = engine.generate([[5]], Sampling(max_tokens=12, extra={"stop": stop}), seed=1)
-    assert stopped.completion_ids == [free[:4]]
+    assert stopped.completion_ids == [unstopped[:4]]

@@ -18,18 +18,18 @@ from toolkit.engine.together import generate_together, repeatable_phase, watch_p
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
-def summed(shared: Mesh) -> int:
+def all_reduce_in_group(mesh: Mesh) -> int:
     """A collective of the group, as the layers of a split model make it."""
-    one = torch.ones(1)
+    tensor = torch.ones(1)
     together.check_peers()
-    distributed.all_reduce(one, group=shared.group)
-    return int(one)
+    distributed.all_reduce(tensor, group=mesh.group)
+    return int(tensor)
 
 
-def outcome(call: Callable[[], Any]) -> Any:
+def result_or_error(call: Callable[[], Any]) -> Any:
     """What a call returns, or the kind of error that it raises."""
     try:
         return call()
@@ -37,27 +37,27 @@ def outcome(call: Callable[[], Any]) -> Any:
         return type(error).__name__, str(error).partition("\n")[0]
 
 
-def step(shared: Mesh, fail_after: int | None) -> int:
+def run_step(mesh: Mesh, fail_after: int | None) -> int:
     """Three sums in a phase; this process runs out of memory after ``fail_after`` of them."""
     with repeatable_phase():
         watch_peers()
-        found = 0
+        total = 0
         for number in range(3):
             if number == fail_after:
-                raise torch.OutOfMemoryError(FULL)
-            found = summed(shared)
+                raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+            total = all_reduce_in_group(mesh)
         if fail_after == 3:
-            raise torch.OutOfMemoryError(FULL)
-        return found
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+        return total
 
 
 def main() -> dict[str, Any]:
     distributed.init_process_group("gloo")
     number = distributed.get_rank()
     group = distributed.new_group([0, 1])
-    shared = Mesh(2, number, 0, 1, group, distributed.group.WORLD, distributed.group.WORLD)
-    meshes._open_mesh = shared
-    found: dict[str, Any] = {}
+    mesh = Mesh(2, number, 0, 1, group, distributed.group.WORLD, distributed.group.WORLD)
+    meshes._open_mesh = mesh
+    results: dict[str, Any] = {}
     for name, failures in {
         "none": (None, None),
         "first": (0, None),
@@ -65,23 +65,29 @@ def main() -> dict[str, Any]:
         "end": (3, None),
         "both": (1, 1),
     }.items():
-        found[name] = outcome(partial(step, shared, failures[number]))
-        found[f"{name}, then"] = outcome(lambda: step(shared, None))
+        results[name] = result_or_error(partial(run_step, mesh, failures[number]))
+        results[f"{name}, then"] = result_or_error(lambda: run_step(mesh, None))
 
     def draw(fails: bool) -> str:
         if fails:
-            raise torch.OutOfMemoryError(FULL)
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
         return "drawn"
 
-    found["rollout"] = outcome(lambda: generate_together(shared, lambda: draw(False)))
-    found["rollout fails"] = outcome(lambda: generate_together(shared, lambda: draw(number == 0)))
-    found["rollout fails in both"] = outcome(lambda: generate_together(shared, lambda: draw(True)))
+    results["rollout"] = result_or_error(lambda: generate_together(mesh, lambda: draw(False)))
+    results["rollout fails"] = result_or_error(
+        lambda: generate_together(mesh, lambda: draw(number == 0))
+    )
+    results["rollout fails in both"] = result_or_error(
+        lambda: generate_together(mesh, lambda: draw(True))
+    )
     together.PEER_TIMEOUT_S = 0.5
     if number == 1:  # the other waits for it in a collective
-        found["alone"] = outcome(lambda: generate_together(shared, lambda: draw(True)))
-        return found
-    found["alone"] = outcome(lambda: generate_together(shared, lambda: summed(shared)))
-    return found
+        results["alone"] = result_or_error(lambda: generate_together(mesh, lambda: draw(True)))
+        return results
+    results["alone"] = result_or_error(
+        lambda: generate_together(mesh, lambda: all_reduce_in_group(mesh))
+    )
+    return results
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from toolkit.sizing.dequantized import TERM
 from toolkit.sizing.solve import best_candidate, solve
 
 EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
-LAYERS = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
+LAYER_PARAMETERS = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
 GRPO = {
     "generation_batch_size": 64,
     "per_device_train_batch_size": "auto",
@@ -20,38 +20,38 @@ GRPO = {
 }
 
 
-def term(result, name=TERM):
+def term_bytes(result, name=TERM):
     return sum(one.nbytes for one in result.terms if one.name == name)
 
 
-def test_a_large_card_holds_all_of_them(spec_of, card, run):
+def test_a_large_card_has_memory_for_all_copies(spec_of, card, run):
     config = run(GRPO, load_in_4bit=True)
     result = solve(config, spec_of(EIGHT_B), card("h100"))
     assert result.choice.dequantized_rollouts is True
-    assert term(result) == 2 * LAYERS
+    assert term_bytes(result) == 2 * LAYER_PARAMETERS
     assert next(one.phase for one in result.terms if one.name == TERM) == "rollout"
     assert result.engine.kv_bytes >= result.engine.kv_wanted_bytes
     assert result.apply(config).model.dequantized_rollouts is True
     assert "dequantized_rollouts" in format_report(result, config)
 
 
-def test_a_smaller_card_holds_the_largest_layers_or_none(spec_of, card, run):
+def test_a_smaller_card_has_memory_for_some_copies_or_none(spec_of, card, run):
     spec, config = spec_of(EIGHT_B), run(GRPO, load_in_4bit=True)
     free = replace(card("l40s"), free_bytes=22 * GIB)
-    part = solve(config, spec, free)
-    assert type(part.choice.dequantized_rollouts) is int
-    assert 0 < term(part) == part.choice.dequantized_rollouts < 2 * LAYERS
-    assert part.engine.kv_bytes >= part.engine.kv_wanted_bytes
+    some = solve(config, spec, free)
+    assert type(some.choice.dequantized_rollouts) is int
+    assert 0 < term_bytes(some) == some.choice.dequantized_rollouts < 2 * LAYER_PARAMETERS
+    assert some.engine.kv_bytes >= some.engine.kv_wanted_bytes
     none = solve(config, spec, replace(free, free_bytes=14 * GIB))
     assert none.feasible
     assert none.choice.dequantized_rollouts is False
-    assert term(none) == 0
+    assert term_bytes(none) == 0
     assert none.engine.copies_note in none.model.notes
     assert "no copies are made" in none.engine.copies_note
     assert "no copies are made" in format_report(none, config).replace("\n      ", " ")
 
 
-def test_they_take_nothing_from_the_training_step(spec_of, card, run):
+def test_copies_do_not_reduce_the_memory_of_a_training_step(spec_of, card, run):
     """Released before a step: what fits without them fits with them."""
     spec = spec_of(EIGHT_B)
     with_, without = (
@@ -60,15 +60,15 @@ def test_they_take_nothing_from_the_training_step(spec_of, card, run):
     )
     assert with_.choice.per_device_train_batch_size == without.choice.per_device_train_batch_size
     assert with_.peaks.rollout_bytes - with_.engine.kv_bytes == pytest.approx(
-        without.peaks.rollout_bytes - without.engine.kv_bytes + 2 * LAYERS
+        without.peaks.rollout_bytes - without.engine.kv_bytes + 2 * LAYER_PARAMETERS
     )
-    assert term(without) == 0
+    assert term_bytes(without) == 0
 
 
-def test_what_is_written_is_kept_or_refused_with_its_remedy(spec_of, card, run):
+def test_a_configured_size_is_used_or_refused_with_a_remedy(spec_of, card, run):
     spec = spec_of(EIGHT_B)
     some = solve(run(GRPO, load_in_4bit=True, dequantized_rollouts=2 * GIB), spec, card("h100"))
-    assert term(some) == some.choice.dequantized_rollouts == 2 * GIB
+    assert term_bytes(some) == some.choice.dequantized_rollouts == 2 * GIB
     tight = replace(card("l40s"), free_bytes=18 * GIB)
     forced = solve(run(GRPO, load_in_4bit=True, dequantized_rollouts=True), spec, tight)
     assert not forced.feasible
@@ -78,7 +78,7 @@ def test_what_is_written_is_kept_or_refused_with_its_remedy(spec_of, card, run):
     )
 
 
-def test_16_bit_weights_and_other_engines_have_none(spec_of, card, run):
+def test_16_bit_weights_and_other_engines_have_no_copies(spec_of, card, run):
     for values in (
         {},
         {"load_in_4bit": True, "engine": "transformers"},
@@ -87,13 +87,13 @@ def test_16_bit_weights_and_other_engines_have_none(spec_of, card, run):
         result = solve(
             run(GRPO, dequantized_rollouts=True, **values), spec_of(EIGHT_B), card("h200")
         )
-        assert term(result) == 0
+        assert term_bytes(result) == 0
         assert result.choice.dequantized_rollouts is False
 
 
-def test_a_written_utilization_bounds_them(spec_of, card, run):
+def test_a_configured_utilization_limits_the_copies(spec_of, card, run):
     config = run(GRPO, load_in_4bit=True, gpu_memory_utilization=0.3)
     case, fit = best_candidate(config, spec_of(EIGHT_B), card("h100"), 1)
     taken = int(0.3 * card("h100").cuda_total_bytes)
-    assert 0 < case.plan.copies_bytes < 2 * LAYERS
+    assert 0 < case.plan.copies_bytes < 2 * LAYER_PARAMETERS
     assert fit.min_bytes - fit.kv_sequence_bytes + fit.kv_wanted_bytes <= taken

@@ -29,7 +29,7 @@ def test_the_adapter_is_on_attention(spec_of, card, run):
     assert result.apply(config).lora.target_modules == ATTENTION_PROJECTIONS
 
 
-def test_written_is_the_same_as_auto(spec_of, card, run):
+def test_the_same_targets_set_explicitly_give_the_same_terms(spec_of, card, run):
     config = run(checkpointing=True)
     written = replace(config, lora=replace(config.lora, target_modules=ATTENTION_PROJECTIONS))
     spec = spec_of(QWEN)
@@ -39,7 +39,7 @@ def test_written_is_the_same_as_auto(spec_of, card, run):
 @pytest.mark.parametrize(
     ("name", "targets"), [(MIXTRAL, ATTENTION_PROJECTIONS), (DEEPSEEK, ("q_b_proj", "o_proj"))]
 )
-def test_every_name_is_a_layer_of_the_model(spec_of, name, targets):
+def test_default_targets_are_layers_of_the_model(spec_of, name, targets):
     spec = spec_of(name)
     assert spec.targets == targets
     leaves = {linear.leaf for block in spec.blocks for linear in block.linears}
@@ -47,7 +47,7 @@ def test_every_name_is_a_layer_of_the_model(spec_of, name, targets):
     assert lora_bytes.adapter_parameters(spec, 8, targets) > 0
 
 
-def test_every_shape_has_what_auto_names(spec_of, shape):
+def test_every_model_of_the_table_has_its_default_targets(spec_of, shape):
     """No model of the table ends in a refusal for what nobody wrote."""
     spec = spec_of(shape["id"])
     leaves = {linear.leaf for block in spec.blocks for linear in block.linears}

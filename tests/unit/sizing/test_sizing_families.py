@@ -43,7 +43,7 @@ GEMMA = {
 }  # fmt: skip
 
 
-def states(values):
+def state_elements(values):
     """Elements of all states of one sequence."""
     spec = spec_from_values(values, name="m")
     return sum(block.count * block.cache.state_elements for block in spec.blocks)
@@ -63,14 +63,14 @@ def states(values):
 def test_parameters_cache_and_states(spec_of, card, run, values, billions, kv_bytes, state):
     spec = spec_from_values(values, name="m")
     assert spec.parameters / 1e9 == pytest.approx(billions, rel=0.01)
-    assert states(values) == state
+    assert state_elements(values) == state
     result = solve(run(), spec, card("b300"))
     assert result.model.kv_bytes_per_token == kv_bytes
     assert result.model.margin == 0
     assert result.feasible
 
 
-def test_layers_that_share_a_cache_keep_none(card, run):
+def test_layers_that_use_another_cache_have_none(card, run):
     spec = spec_from_values(GEMMA, name="m")
     caching = sum(block.count for block in spec.blocks if block.cache.kind != "none")
     assert caching == 24

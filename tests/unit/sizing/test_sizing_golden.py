@@ -14,7 +14,7 @@ def test_the_table_is_large_enough(all_shapes):
     assert len(all_shapes) >= 25
 
 
-def test_each_term_is_as_written(shape):
+def test_each_size_equals_the_table(shape):
     spec = spec_from_values(shape["config"], name=shape["id"])
     dtype = "float16" if spec.dtype == "float16" else "bfloat16"
     assert spec.parameters == shape["parameters"]
@@ -55,11 +55,11 @@ def test_weight_bytes_are_those_of_the_published_files(spec_of, name):
         ("Qwen/Qwen3-Next-80B-A3B-Thinking", 2 * 12 * 2 * 256 * 2),  # every fourth layer
     ],
 )
-def test_kv_bytes_a_token_by_hand(spec_of, name, by_hand):
+def test_kv_bytes_per_token_computed_by_hand(spec_of, name, by_hand):
     assert kv_bytes.bytes_per_token(spec_of(name), 2) == by_hand
 
 
-def test_windows_cap_long_sequences(spec_of):
+def test_sliding_windows_limit_the_cache_of_long_sequences(spec_of):
     """Gemma 3: 52 of 62 layers keep 1024 tokens (and a block), whatever the length."""
     spec = spec_of("google/gemma-3-27b-it")
     short, long = (kv_bytes.sequence_bytes(spec, length, 2) for length in (16384, 32768))

@@ -29,19 +29,21 @@ LLAMA = {
 }
 
 
-def write(path, header, data=b"\0" * 8, length=None):
+def write_safetensors(path, header, data=b"\0" * 8, length=None):
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
     return path
 
 
 def test_a_good_header(tmp_path):
-    path = write(tmp_path / "a.safetensors", {"w": TENSOR, "__metadata__": {"format": "pt"}})
+    path = write_safetensors(
+        tmp_path / "a.safetensors", {"w": TENSOR, "__metadata__": {"format": "pt"}}
+    )
     (tensor,) = read_header(path).values()
     assert (tensor.dtype, tensor.shape, tensor.nbytes, tensor.elements) == ("BF16", (2, 2), 8, 4)
 
 
-BAD = {
+BAD_HEADERS = {
     "length of 2**60": ({"w": TENSOR}, {"length": 1 << 60}, "states a header of"),
     "length of 2**64 - 1": ({"w": TENSOR}, {"length": (1 << 64) - 1}, "states a header of"),
     "ends inside": ({"w": TENSOR}, {"length": 5000}, "ends inside"),
@@ -73,17 +75,17 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", BAD_HEADERS)
 def test_a_bad_header_is_refused(tmp_path, name):
-    header, more, expected = BAD[name]
+    header, more, expected = BAD_HEADERS[name]
     with pytest.raises(InputError, match=expected) as caught:
-        read_header(write(tmp_path / "a.safetensors", header, **more))
+        read_header(write_safetensors(tmp_path / "a.safetensors", header, **more))
     assert "a.safetensors" in str(caught.value)
     assert caught.value.exit_code == 2
 
 
 def test_a_long_header_is_not_read_into_memory(tmp_path):
-    path = write(tmp_path / "a.safetensors", b"x", length=(32 << 20) + 1)
+    path = write_safetensors(tmp_path / "a.safetensors", b"x", length=(32 << 20) + 1)
     os.truncate(path, 1 << 33)  # a sparse file that could hold it
     tracemalloc.start()
     with pytest.raises(InputError):
@@ -93,7 +95,7 @@ def test_a_long_header_is_not_read_into_memory(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "missing", "loop", "device"])
-def test_what_is_no_file(tmp_path, kind):
+def test_a_path_that_is_not_a_regular_file_is_refused(tmp_path, kind):
     path = tmp_path / "config.json"
     if kind == "pipe":
         os.mkfifo(path)
@@ -119,7 +121,7 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path):
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
     for name in ("a.safetensors", "b.safetensors"):
-        write(tmp_path / name, {"w": TENSOR})
+        write_safetensors(tmp_path / name, {"w": TENSOR})
     with pytest.raises(InputError, match="another shard"):
         read_stored_weights(tmp_path)
 
@@ -128,8 +130,8 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(raw=st.binary(max_size=200), length=st.one_of(st.none(), st.integers(0, 2**64 - 1)))
-def test_any_bytes_give_a_header_or_a_finding(tmp_path, raw, length):
-    path = write(tmp_path / "a.safetensors", raw, data=b"", length=length)
+def test_any_bytes_give_a_header_or_an_input_error(tmp_path, raw, length):
+    path = write_safetensors(tmp_path / "a.safetensors", raw, data=b"", length=length)
     with contextlib.suppress(InputError):
         assert isinstance(read_header(path), dict)
 
@@ -155,7 +157,7 @@ TYPES = st.sampled_from(
 
 @settings(max_examples=400, deadline=None)
 @given(model_type=TYPES, changes=st.dictionaries(KEYS, VALUES, max_size=4))
-def test_any_config_gives_a_spec_or_a_finding(model_type, changes):
+def test_any_config_gives_a_spec_or_an_error(model_type, changes):
     values = {**LLAMA, "model_type": model_type, **changes}
     try:
         spec = spec_from_values(values, name="any")
@@ -167,14 +169,14 @@ def test_any_config_gives_a_spec_or_a_finding(model_type, changes):
 
 @settings(max_examples=200, deadline=None)
 @given(key=st.sampled_from(sorted(LLAMA)), value=st.integers(min_value=2**24 + 1))
-def test_sizes_that_overflow_are_named(key, value):
+def test_the_error_names_the_key_of_a_size_that_overflows(key, value):
     if key == "model_type":
         return
     with pytest.raises(InputError, match=key):
         spec_from_values({**LLAMA, key: value}, name="any")
 
 
-def test_a_truncated_config(tmp_path):
+def test_a_truncated_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA)[:40])
     with pytest.raises(InputError, match="JSON") as refused:
         read_spec(str(tmp_path))
@@ -184,7 +186,7 @@ def test_a_truncated_config(tmp_path):
         read_spec(str(tmp_path))
 
 
-def test_an_adapter_that_names_itself(tmp_path):
+def test_an_adapter_that_is_its_own_base_model_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(tmp_path)})
     )

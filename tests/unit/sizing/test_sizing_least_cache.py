@@ -11,7 +11,7 @@ from toolkit.sizing.split import spec_of_one_card
 UNIFORM = ("Llama-3.1-8B", "Qwen3-8B", "Qwen2.5-7B")
 
 
-def test_the_rule_refuses_nothing_that_the_sizer_takes(shape) -> None:
+def test_the_rule_refuses_no_cache_that_the_sizer_accepts(shape) -> None:
     spec = spec_from_values(shape["config"], name=shape["id"])
     for tokens, block in ((7, 16), (4096, 16), (4096, 128)):
         least = min_cache_bytes(
@@ -23,7 +23,7 @@ def test_the_rule_refuses_nothing_that_the_sizer_takes(shape) -> None:
             assert least == exact
 
 
-def test_each_card_has_its_part_of_the_heads_and_at_least_one(spec_of) -> None:
+def test_each_card_has_at_least_one_kv_head(spec_of) -> None:
     name = "Qwen/Qwen2.5-1.5B-Instruct"  # 2 KV heads
     text = {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
     for cards in (1, 2, 4):

@@ -21,7 +21,7 @@ MEASURED = [
 ]
 
 
-def _case(run, spec, device, micro, checkpointing, **values) -> Candidate:
+def _candidate_for(run, spec, device, micro, checkpointing, **values) -> Candidate:
     grpo = {
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": 64 // micro,
@@ -33,17 +33,17 @@ def _case(run, spec, device, micro, checkpointing, **values) -> Candidate:
     return best_candidate(config, spec, device, 1)[0]
 
 
-def test_the_order_is_the_measured_one(spec_of, card, run):
-    cases = [_case(run, spec_of(EIGHT_B), card("h200"), *way[:2]) for way in MEASURED]
-    told = [training_seconds(case) for case in cases]
-    assert all(one <= two for one, two in pairwise(told))
-    for seconds, (*_, measured) in zip(told, MEASURED, strict=True):
+def test_the_estimated_order_equals_the_measured_order(spec_of, card, run):
+    cases = [_candidate_for(run, spec_of(EIGHT_B), card("h200"), *way[:2]) for way in MEASURED]
+    estimated = [training_seconds(case) for case in cases]
+    assert all(one <= two for one, two in pairwise(estimated))
+    for seconds, (*_, measured) in zip(estimated, MEASURED, strict=True):
         assert abs(seconds / measured - 1) < 0.2
 
 
-def test_sleep_costs_time(spec_of, card, run):
+def test_sleep_mode_adds_time(spec_of, card, run):
     awake, asleep = (
-        _case(run, spec_of(EIGHT_B), card("h200"), 16, True, enable_sleep_mode=mode)
+        _candidate_for(run, spec_of(EIGHT_B), card("h200"), 16, True, enable_sleep_mode=mode)
         for mode in (False, True)
     )
     assert training_seconds(awake) < training_seconds(asleep)

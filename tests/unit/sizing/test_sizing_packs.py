@@ -19,7 +19,7 @@ LONG = {
 CONTEXT = {"max_seq_length": 18432, "load_in_4bit": True, "r": 32, "checkpointing": True}
 
 
-def term(result, name):
+def find_term(result, name):
     return next(one for one in result.terms if one.name == name)
 
 
@@ -39,7 +39,7 @@ def test_a_group_of_long_sequences_shares_its_prompt(spec_of, card, run, monkeyp
     assert "training passes of a step 1 at full length, 1 at half 32,768 tokens, padded" in text
 
 
-def test_what_a_pass_keeps_by_hand(spec_of, card, run):
+def test_activations_of_a_pass_computed_by_hand(spec_of, card, run):
     """8B with checkpointing: a hidden state of each token and layer, and one layer's own tensors,
     in which each completion has the keys of its prompt.
     """
@@ -53,7 +53,7 @@ def test_what_a_pass_keeps_by_hand(spec_of, card, run):
     attention = 2 * (query + query) + 4 * 32
     layer = tokens * (norms + inputs + attention + 2 * 2 * inner) + keys * 2 * (kv + kv)
     moving = tokens * (2 * inner + 4 * hidden)
-    found = term(result, "trainer.activations")
+    found = find_term(result, "trainer.activations")
     assert found.nbytes == kept + layer + moving
     assert "packs of 32,768 tokens that read 163,840 keys, checkpointing, fused" in found.source
 
@@ -69,7 +69,7 @@ def test_fused_kernels_save_memory(spec_of, card, run):
     assert sizes[0] < 0.92 * sizes[1]
 
 
-def test_a_small_card_takes_more_passes(spec_of, card, run):
+def test_a_small_card_needs_more_passes(spec_of, card, run):
     grpo = {**AUTO, "generation_batch_size": 256}
     small, large = (
         solve(
@@ -82,7 +82,7 @@ def test_a_small_card_takes_more_passes(spec_of, card, run):
     assert small.passes_half <= small.passes
 
 
-def test_a_written_budget_is_kept_and_holds_a_sequence(spec_of, card, run):
+def test_a_configured_budget_is_used_and_fits_one_sequence(spec_of, card, run):
     grpo = {**AUTO, "generation_batch_size": 64}
     written = solve(run(grpo, pack_tokens=5000), spec_of(ONE_B), card("h200"))
     assert written.choice.pack_tokens == 5000
@@ -96,14 +96,14 @@ def test_a_written_budget_is_kept_and_holds_a_sequence(spec_of, card, run):
 
 
 @pytest.mark.parametrize("available", [64 << 30, 1 << 40])
-def test_on_the_cpu_free_memory_has_no_say(monkeypatch, spec_of, run, available):
+def test_on_the_cpu_the_budget_does_not_depend_on_free_memory(monkeypatch, spec_of, run, available):
     monkeypatch.setattr("toolkit.sizing.fit.available_host_bytes", lambda: available)
     grpo = {**AUTO, "generation_batch_size": 64}
     result = solve(run(grpo, engine="transformers"), spec_of(ONE_B), None)
     assert result.choice.pack_tokens == 32768
 
 
-def test_a_sequence_that_cannot_fit_is_told_with_the_length_that_does(spec_of, card, run):
+def test_the_error_for_a_sequence_that_does_not_fit_names_the_longest_that_fits(spec_of, card, run):
     config = run(LONG, **{**CONTEXT, "load_in_4bit": False})
     result = solve(config, spec_of(EIGHT_B), card("4090"))
     longest = result.longest_sequence
@@ -121,7 +121,7 @@ def test_a_sequence_that_cannot_fit_is_told_with_the_length_that_does(spec_of, c
     assert solve(run(shorter, **values), spec_of(EIGHT_B), card("4090")).feasible
 
 
-def test_a_model_that_cannot_fit_at_all_is_told(spec_of, card, run):
+def test_the_error_says_if_not_even_a_short_sequence_fits(spec_of, card, run):
     result = solve(run(LONG, **{**CONTEXT, "load_in_4bit": False}), spec_of(EIGHT_B), card("t4"))
     assert result.longest_sequence == 0
     assert "not even a short sequence" in result.infeasible_error().message
@@ -138,12 +138,12 @@ def test_a_model_that_cannot_fit_at_all_is_told(spec_of, card, run):
         ({}, {}, "deepseek-ai/DeepSeek-V3"),
     ],
 )
-def test_where_rows_are_counted(spec_of, run, grpo, values, model):
+def test_runs_that_do_not_use_packs(spec_of, run, grpo, values, model):
     assert uses_packs(run(), spec_of(ONE_B))
     assert not uses_packs(run(grpo, **values), spec_of(model))
 
 
-def test_groups_over_several_processes(spec_of, card, run):
+def test_a_group_can_be_split_over_several_processes(spec_of, card, run):
     """A group of 12 over 3 processes of 8 rows each begins anywhere: two prompts in a pass."""
     grpo = {**AUTO, "generation_batch_size": 24, "num_generations": 12}
     result = solve(run(grpo), spec_of(ONE_B), card("h200"), world_size=3)

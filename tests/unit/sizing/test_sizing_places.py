@@ -12,11 +12,11 @@ from toolkit.sizing import Device, read_spec, resolve, solve
 ONE_B = "meta-llama/Llama-3.2-1B-Instruct"
 
 
-def term(result, name):
+def term_bytes(result, name):
     return next(line.nbytes for line in result.terms if line.name == name)
 
 
-def test_the_cpu_has_no_utilization(spec_of, run, monkeypatch):
+def test_a_cpu_run_has_no_gpu_memory_utilization(spec_of, run, monkeypatch):
     monkeypatch.setattr("toolkit.sizing.fit.available_host_bytes", lambda: 64 * GIB)
     config = run(r=16)
     result = solve(config, spec_of(ONE_B), None)
@@ -29,14 +29,14 @@ def test_the_cpu_has_no_utilization(spec_of, run, monkeypatch):
     assert filled.model.max_lora_rank == 16
 
 
-def test_a_host_without_memory(spec_of, run, monkeypatch):
+def test_a_host_with_too_little_memory(spec_of, run, monkeypatch):
     monkeypatch.setattr("toolkit.sizing.fit.available_host_bytes", lambda: 2 * GIB)
     result = solve(run(), spec_of(ONE_B), None)
     assert not result.feasible
     assert "host memory" in result.interval.binding_max
 
 
-def test_without_an_engine(spec_of, card, run):
+def test_a_run_without_an_engine_has_no_engine_terms(spec_of, card, run):
     """transformers' generate: its cache for all rollouts, the trainer's own weights, no LoRA
     slots.
     """
@@ -52,11 +52,11 @@ def test_two_processes_add_the_gradient_buckets(spec_of, card, run):
     config = run({"gradient_accumulation_steps": 2}, checkpointing=True)
     one = solve(config, spec_of(ONE_B), card("h100"))
     two = solve(config, spec_of(ONE_B), card("h100"), world_size=2)
-    adapter = term(one, "trainer.adapter")
-    assert term(two, "trainer.gradients") - term(one, "trainer.gradients") == adapter
+    adapter = term_bytes(one, "trainer.adapter")
+    assert term_bytes(two, "trainer.gradients") - term_bytes(one, "trainer.gradients") == adapter
 
 
-def test_resolve_reads_solves_and_fills(tmp_path, all_shapes, card, run):
+def test_resolve_reads_the_model_and_replaces_every_auto(tmp_path, all_shapes, card, run):
     import json
 
     (tmp_path / "config.json").write_text(json.dumps(all_shapes[ONE_B]["config"]))
@@ -80,7 +80,7 @@ def test_json_has_the_agreed_names(spec_of, card, run):
     assert all(isinstance(line["bytes"], int) and line["bytes"] >= 0 for line in found["budget"])
 
 
-def test_bad_numbers_are_named(spec_of, card, run):
+def test_the_error_names_the_key_of_a_bad_number(spec_of, card, run):
     with pytest.raises(ConfigError, match="per_device_train_batch_size"):
         solve(run({"per_device_train_batch_size": 0}), spec_of(ONE_B), card("h100"))
 
@@ -94,7 +94,7 @@ def test_generation_batch_and_sequences(spec_of, card, run):
     assert result.choice.largest_micro_batch >= 4
 
 
-def test_a_margin_for_the_unknown(spec_of, card, run):
+def test_the_margin_of_an_unknown_model_narrows_the_interval(spec_of, card, run):
     known = spec_of(ONE_B)
     unknown = replace(known, margin=0.1)
     before = solve(run(), known, card("h100"))
@@ -110,7 +110,7 @@ def test_padding_of_mxfp4_is_within_its_margin(spec_of):
     assert any("padded" in note for note in spec.notes)
 
 
-def test_the_prototype_that_was_measured(spec_of, run):
+def test_the_prediction_is_close_to_a_measured_run(spec_of, run):
     """1.236 B, r 64, u 0.3 of 143771 MiB, 16 x 320 tokens: 42.40 GiB were measured (one run)."""
     card = Device(
         name="H200", total_bytes=143771 << 20, free_bytes=143000 << 20, compute_capability=(9, 0)
@@ -161,13 +161,13 @@ def test_a_slice_is_sized_by_its_own_memory(spec_of, run):
     assert empty.free_bytes == empty.cuda_total_bytes < 10 * GIB
 
 
-def test_an_adapter_on_no_layer_is_said(spec_of, card, run):
+def test_a_note_says_that_the_adapter_is_on_no_layer(spec_of, card, run):
     result = solve(run(targets=("query_key_value",)), spec_of(ONE_B), card("h100"))
     assert result.model.trainable_parameters == 0
     assert any("names no layer" in note for note in result.model.notes)
 
 
-def test_a_card_that_does_not_tell_its_memory():
+def test_a_card_that_does_not_report_its_memory_is_refused():
     from toolkit.gpu.reading import unsupported
     from toolkit.gpu.snapshot import GpuSnapshot
 

@@ -39,7 +39,7 @@ MODEL = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def make(spec_of, card, run):
+def make_run(spec_of, card, run):
     return lambda name, on, work, values: (
         run(
             work,
@@ -73,8 +73,10 @@ def make(spec_of, card, run):
         "engine": "vllm",
     },
 )
-def test_what_is_chosen_fits_and_what_does_not_fit_is_priced(make, name, on, work, values):
-    config, spec, device = make(name, on, work, values)
+def test_a_feasible_choice_fits_and_an_infeasible_run_has_remedies(
+    make_run, name, on, work, values
+):
+    config, spec, device = make_run(name, on, work, values)
     result = solve(config, spec, device)
     assert all(isinstance(line.nbytes, int) and line.nbytes >= 0 for line in result.terms)
     json.dumps(result.to_json())
@@ -102,7 +104,9 @@ def test_what_is_chosen_fits_and_what_does_not_fit_is_priced(make, name, on, wor
     micro=st.sampled_from([1, 2, 4]),
     mode=st.sampled_from([True, False]),
 )
-def test_more_work_never_needs_less(make, name, length, micro, mode):
+def test_a_longer_sequence_or_larger_micro_batch_never_needs_less(
+    make_run, name, length, micro, mode
+):
     """A longer completion or a larger micro-batch: the step does not shrink."""
     values = {"r": 16, "checkpointing": mode}
     steps = []
@@ -112,7 +116,7 @@ def test_more_work_never_needs_less(make, name, length, micro, mode):
             "max_completion_length": tokens,
             "max_prompt_length": 64,
         }
-        config, spec, device = make(name, "b200", work, values)
+        config, spec, device = make_run(name, "b200", work, values)
         steps.append(solve(config, spec, device).trainer.step_bytes)
     assert steps[0] <= steps[1]
     assert steps[0] <= steps[2]

@@ -64,7 +64,7 @@ def run_file(folder: Path, model: Path, run: tuple[int, ...], **values_of_model:
     return path
 
 
-def accepted(path: Path, overrides: list[str], device: Device) -> Any:
+def validated_config(path: Path, overrides: list[str], device: Device) -> Any:
     """The run of the file with these overrides on this card; what the rules refuse is shown."""
     judged = validate(load_document(path, overrides), device_situation(device))
     errors = [str(one.message) for one in judged.findings if str(one.severity) == "error"]
@@ -88,7 +88,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory, all_shapes: Any, spec_of: 
             four_bit = {"load_in_4bit": True} if name in QUANTIZED else {}
             path = run_file(place, folder, fits, **four_bit)
             device = Device.from_card(cards.find_card(card))
-            result = solve(accepted(path, [], device), spec_of(name), device)
+            result = solve(validated_config(path, [], device), spec_of(name), device)
             if not result.feasible:
                 found.append((name, card, path, device, result))
     return found
@@ -103,19 +103,19 @@ def test_the_first_remedy_of_60_runs_is_enough_and_accepted(
         assert first.enough, (name, card, [str(one) for one in result.remedies])
         on = Device.from_card(cards.find_card(first.card)) if first.card else device
         overrides = [f"{key}={json.dumps(value)}" for key, value in first.settings]
-        config = accepted(path, overrides, on)
+        config = validated_config(path, overrides, on)
         after = solve(config, spec_of(name), on, world_size=first.world_size or 1)
         assert after.feasible, (name, card, str(first))
 
 
-def test_they_are_ordered_by_harm_and_then_by_bytes(refused: list[Any]) -> None:
+def test_remedies_are_ordered_by_harm_and_then_by_bytes(refused: list[Any]) -> None:
     for *_, result in refused:
         order = [(not one.enough, one.harm, -one.frees_bytes) for one in result.remedies]
         assert order == sorted(order)
         assert all(one.frees_bytes > 0 and one.costs for one in result.remedies)
 
 
-def test_nothing_is_offered_that_the_card_cannot_do(refused: list[Any]) -> None:
+def test_no_remedy_needs_a_feature_that_the_card_lacks(refused: list[Any]) -> None:
     for _, card, _, device, result in refused:
         keys = {key for one in result.remedies for key, _ in one.settings}
         if device.compute_capability < FLOAT8_NATIVE:
@@ -123,7 +123,7 @@ def test_nothing_is_offered_that_the_card_cannot_do(refused: list[Any]) -> None:
         assert device.compute_capability >= FOUR_BIT or "model.load_in_4bit" not in keys
 
 
-def test_a_context_far_above_the_need_is_the_first_to_go(spec_of: Any, card: Any, run: Any) -> None:
+def test_a_context_that_is_too_long_is_shortened_first(spec_of: Any, card: Any, run: Any) -> None:
     """131,072 tokens for prompts and completions of 512: 1024 are enough, and lose nothing."""
     config = run(max_seq_length=131072)
     result = solve(config, spec_of("meta-llama/Llama-3.2-3B"), card("3060"))
@@ -134,7 +134,7 @@ def test_a_context_far_above_the_need_is_the_first_to_go(spec_of: Any, card: Any
     assert (first.enough, first.harm, first.costs) == (True, 0, "loses nothing")
 
 
-def test_cards_are_the_last_resort(refused: list[Any]) -> None:
+def test_remedies_with_more_cards_say_so(refused: list[Any]) -> None:
     told = [one for *_, result in refused for one in result.remedies if one.card]
     assert told
     assert all(one.enough and "a larger card:" in one.change for one in told)

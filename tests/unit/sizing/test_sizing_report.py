@@ -15,7 +15,7 @@ BAR = re.compile(r"\[([A-Za-z.!]+)\] ([\d.]+) of ([\d.]+) GiB")
 
 @pytest.mark.parametrize("name", ["t4", "3080", "4090", "h100", "b200", "h200:1g.18gb"])
 @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.1-8B"])
-def test_a_bar_ends_where_the_card_ends(spec_of, card, run, monkeypatch, name, model):
+def test_a_bar_ends_at_the_memory_of_the_card(spec_of, card, run, monkeypatch, name, model):
     """Small terms show, and push nothing past the end: ``!`` means too much, and only that."""
     for width in (60, 80, 120):
         monkeypatch.setattr("toolkit.cli.size_report.terminal_width", lambda width=width: width)
@@ -31,7 +31,7 @@ def test_a_bar_ends_where_the_card_ends(spec_of, card, run, monkeypatch, name, m
                 assert all(letter in bar for letter in "CWT" if letter != "T" or bar is bars[1][0])
 
 
-def test_a_value_is_chosen_written_or_the_default(spec_of, card, run):
+def test_the_report_says_who_set_each_value(spec_of, card, run):
     spec, device = spec_of("Qwen/Qwen2.5-0.5B"), card("h100")
     config = run(gpu_memory_utilization=0.5, max_lora_rank=32)
     text = format_report(solve(config, spec, device), config)

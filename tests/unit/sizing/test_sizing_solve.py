@@ -13,7 +13,7 @@ EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
 PADDED = {"padding_free": False, "fused_kernels": False}  # the larger step
 
 
-def term(result, name):
+def term_bytes(result, name):
     return next(line.nbytes for line in result.terms if line.name == name)
 
 
@@ -28,19 +28,19 @@ def test_both_phases_fit_at_the_choice(spec_of, card, run):
     assert result.interval.min <= result.choice.gpu_memory_utilization <= result.interval.max
 
 
-def test_the_least_holds_one_sequence(spec_of, card, run):
+def test_the_lower_end_holds_one_sequence(spec_of, card, run):
     result = solve(run(r=64, gpu_memory_utilization=0.3), spec_of(EIGHT_B), card("h100"))
     engine = sum(
         line.nbytes
         for line in result.terms
         if line.name.startswith("engine.") and line.name != "engine.kv"
     )
-    least = engine + term(result, "margin.engine") + 1024 * 131072  # KV of 1024 tokens
+    least = engine + term_bytes(result, "margin.engine") + 1024 * 131072  # KV of 1024 tokens
     assert result.interval.min == pytest.approx(least / result.device["cuda_total_bytes"], abs=2e-3)
     assert "engine.weights" in result.interval.binding_min
 
 
-def test_a_tenant_lowers_the_upper_end_alone(spec_of, card, run):
+def test_memory_in_use_lowers_only_the_upper_end(spec_of, card, run):
     whole = card("h100")
     shared = replace(whole, free_bytes=whole.free_bytes - 20 * GIB)
     before = solve(run(r=64, checkpointing=True), spec_of(EIGHT_B), whole).interval
@@ -53,7 +53,7 @@ def test_a_tenant_lowers_the_upper_end_alone(spec_of, card, run):
 def test_sharing_saves_one_copy_of_the_weights(spec_of, card, run):
     once = solve(run(checkpointing=True), spec_of(EIGHT_B), card("h100"))
     twice = solve(run(checkpointing=True, share_weights=False), spec_of(EIGHT_B), card("h100"))
-    copy = term(twice, "trainer.weights")
+    copy = term_bytes(twice, "trainer.weights")
     assert copy == pytest.approx(8030261248 * 2, rel=1e-3)
     assert not [line for line in once.terms if line.name == "trainer.weights"]
     assert once.interval.max - twice.interval.max == pytest.approx(
@@ -99,17 +99,17 @@ def test_the_smallest_legal_rank(spec_of, card, run, rank, legal):
     assert result.choice.max_lora_rank == legal
     prices = dict(result.engine.ranks)
     assert list(prices) == [1, 8, 16, 32, 64, 128, 256, 320, 512]
-    assert prices[legal] == term(result, "engine.lora")
+    assert prices[legal] == term_bytes(result, "engine.lora")
     assert prices[512] == 512 * prices[1]
 
 
-def test_no_legal_rank(spec_of, card, run):
+def test_a_rank_above_the_largest_legal_rank_is_refused(spec_of, card, run):
     with pytest.raises(ConfigError, match="512"):
         solve(run(r=513), spec_of(ONE_B), card("h100"))
     assert solve(run(r=513, engine="transformers"), spec_of(ONE_B), card("h100")).feasible
 
 
-def test_a_cache_that_holds_no_sequence(spec_of, card, run):
+def test_a_cache_that_is_too_small_for_one_sequence_is_refused(spec_of, card, run):
     with pytest.raises(
         ConfigError, match=r"too small: \d+ bytes are needed for one sequence of \d+ tokens"
     ):
@@ -119,7 +119,7 @@ def test_a_cache_that_holds_no_sequence(spec_of, card, run):
     assert solve(free, spec_of(ONE_B), card("h100")).feasible
 
 
-def test_an_empty_interval_is_priced(spec_of, card, run):
+def test_each_remedy_of_an_infeasible_run_frees_what_it_states(spec_of, card, run):
     """Every remedy frees what it says: doing it leaves that much less missing."""
     config = run(
         {
@@ -134,10 +134,10 @@ def test_an_empty_interval_is_priced(spec_of, card, run):
     assert not result.feasible
     assert result.short_bytes > GIB
     by_change = {remedy.change: remedy for remedy in result.remedies}
-    quarter = by_change["load_in_4bit: true"]
+    four_bit = by_change["load_in_4bit: true"]
     changed = replace(config, model=replace(config.model, load_in_4bit=True))
     left = solve(changed, spec_of(EIGHT_B), card("4090")).short_bytes
-    assert quarter.frees_bytes == result.short_bytes - left
+    assert four_bit.frees_bytes == result.short_bytes - left
     shorter = next(change for change in by_change if change.startswith("max_completion_length"))
     assert shorter.startswith("max_completion_length 2048 -> 1024")
     with pytest.raises(ConfigError) as caught:
@@ -159,7 +159,7 @@ def test_a_remedy_that_is_enough_is_first(spec_of, card, run):
     assert str(first).endswith("(enough)")
 
 
-def test_apply_fills_every_auto(spec_of, card, run):
+def test_apply_replaces_every_auto(spec_of, card, run):
     config = run(r=12, checkpointing="auto")
     filled = solve(config, spec_of(ONE_B), card("h100")).apply(config)
     assert filled.model.max_lora_rank == 16
@@ -173,7 +173,7 @@ def test_apply_fills_every_auto(spec_of, card, run):
     ]
 
 
-def test_written_values_stay(spec_of, card, run):
+def test_configured_values_are_kept(spec_of, card, run):
     config = run(gpu_memory_utilization=0.5, max_lora_rank=64, max_num_seqs=3, dtype="float16")
     filled = solve(config, spec_of(ONE_B), card("h100")).apply(config)
     model = filled.model
@@ -182,7 +182,7 @@ def test_written_values_stay(spec_of, card, run):
 
 
 @pytest.mark.parametrize(("written", "word"), [(0.05, "below"), (0.99, "above")])
-def test_a_written_utilization_outside_is_refused(spec_of, card, run, written, word):
+def test_a_utilization_outside_the_interval_is_refused(spec_of, card, run, written, word):
     config = run(gpu_memory_utilization=written, r=64)
     with pytest.raises(ConfigError, match=word):
         solve(config, spec_of(EIGHT_B), card("h100")).apply(config)

@@ -15,7 +15,7 @@ ID = "meta-llama/Llama-3.2-1B-Instruct"
 COMMIT = "a" * 40
 
 
-def safetensors(path, shapes, dtype="BF16", width=2):
+def write_safetensors(path, shapes, dtype="BF16", width=2):
     header, at = {}, 0
     for name, shape in shapes.items():
         count = width
@@ -50,26 +50,26 @@ def test_a_cached_hub_id(cache):
     assert read_spec(ID, revision=COMMIT).parameters == 1235814400
 
 
-def test_the_cache_by_its_own_variable(cache, monkeypatch, tmp_path):
+def test_the_hub_cache_variable_takes_precedence(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HOME", "/nowhere")
     assert read_spec(ID).layers == 16
 
 
 @pytest.mark.parametrize("revision", ["v2", "../../refs/main", "b" * 40])
-def test_a_revision_that_is_not_cached(cache, revision):
+def test_a_revision_that_is_not_cached_is_refused(cache, revision):
     with pytest.raises(InputError, match="nor in the cache"):
         read_spec(ID, revision=revision)
 
 
 @pytest.mark.parametrize("name", ["", "no/such/thing/here", "a\0b", "/nowhere/at/all"])
-def test_a_name_that_is_none(name):
+def test_an_invalid_model_name_is_refused(name):
     with pytest.raises(InputError) as caught:
         read_spec(name)
     assert caught.value.fix
 
 
-def test_a_folder_without_config(tmp_path):
+def test_a_folder_without_config_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"config\.json does not exist"):
         read_spec(str(tmp_path))
 
@@ -102,28 +102,28 @@ LAYER = {
 }
 
 
-def novel(folder, **changes):
+def write_unknown_model(folder, **changes):
     (folder / "config.json").write_text(json.dumps({**UNKNOWN, **changes}))
     shapes = {f"model.layers.{n}.{name}": shape for n in range(2) for name, shape in LAYER.items()}
     shapes |= {"model.embed_tokens.weight": [100, 64], "model.norm.weight": [64]}
-    safetensors(folder / "model.safetensors", shapes)
+    write_safetensors(folder / "model.safetensors", shapes)
     return sum(rows * (columns[0] if columns else 1) for rows, *columns in shapes.values())
 
 
 def test_an_unknown_architecture_is_sized_from_its_headers(tmp_path):
-    count = novel(tmp_path)
+    count = write_unknown_model(tmp_path)
     spec = read_spec(str(tmp_path))
     assert spec.parameters == count
     assert spec.margin == UNKNOWN_MARGIN
     assert spec.tied  # there is no head of its own in the headers
     assert spec.layers == 2
     assert any("unknown architecture" in note for note in spec.notes)
-    novel(tmp_path, sliding_window=0)  # as transformers 5 writes "none" for some
+    write_unknown_model(tmp_path, sliding_window=0)  # as transformers 5 writes "none" for some
     assert read_spec(str(tmp_path)).blocks[0].cache.window is None
 
 
 def test_an_unknown_architecture_that_lacks_keys(tmp_path):
-    novel(tmp_path, hidden_size=None)
+    write_unknown_model(tmp_path, hidden_size=None)
     with pytest.raises(UnsupportedError, match="hidden_size"):
         read_spec(str(tmp_path))
 
@@ -136,9 +136,9 @@ def test_an_unknown_architecture_without_weights(tmp_path):
     assert caught.value.exit_code == 1
 
 
-def test_headers_that_disagree_are_told(tmp_path, all_shapes):
+def test_a_note_says_that_headers_and_config_differ(tmp_path, all_shapes):
     (tmp_path / "config.json").write_text(json.dumps(all_shapes[ID]["config"]))
-    safetensors(tmp_path / "model.safetensors", {"model.embed_tokens.weight": [10, 10]})
+    write_safetensors(tmp_path / "model.safetensors", {"model.embed_tokens.weight": [10, 10]})
     assert any("headers have 100 values" in note for note in read_spec(str(tmp_path)).notes)
 
 
@@ -148,7 +148,7 @@ def test_an_unknown_weight_format_needs_headers():
         spec_from_values({**values, "quantization_config": {"quant_method": "strange"}}, name="x")
 
 
-def test_every_family_of_the_issue_is_known():
+def test_the_common_families_are_known():
     named = {
         "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "phi3",
         "gpt_oss", "deepseek_v2", "deepseek_v3", "olmo2", "granite",
@@ -173,7 +173,7 @@ def test_an_unknown_weight_format_is_as_large_as_its_files(tmp_path, all_shapes,
 
     values = {**all_shapes[ID]["config"], "quantization_config": {"quant_method": "strange"}}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    safetensors(tmp_path / "model.safetensors", {"model.embed_tokens.weight": [1000, 10]})
+    write_safetensors(tmp_path / "model.safetensors", {"model.embed_tokens.weight": [1000, 10]})
     result = solve(run(), read_spec(str(tmp_path)), card("h100"))
     assert result.model.weight_bytes == 20000
     assert result.model.quantization == "as stored"

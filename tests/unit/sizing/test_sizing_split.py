@@ -11,33 +11,38 @@ SEVEN_B = "Qwen/Qwen2.5-7B"
 LARGE = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8}
 
 
-def term(result, name):
+def term_bytes(result, name):
     return next(line.nbytes for line in result.terms if line.name == name)
 
 
-def linear(spec, leaf):
+def find_linear(spec, leaf):
     return next(one for one in spec.blocks[0].linears if one.leaf == leaf)
 
 
 def test_each_card_holds_rows_of_some_layers_and_columns_of_others(spec_of):
     whole = spec_of(SEVEN_B)
     part = spec_of_one_card(whole, 2)
-    assert linear(part, "q_proj").out_features == linear(whole, "q_proj").out_features // 2
-    assert linear(part, "down_proj").in_features == linear(whole, "down_proj").in_features // 2
-    assert linear(part, "down_proj").out_features == whole.hidden_size
+    assert (
+        find_linear(part, "q_proj").out_features == find_linear(whole, "q_proj").out_features // 2
+    )
+    assert (
+        find_linear(part, "down_proj").in_features
+        == find_linear(whole, "down_proj").in_features // 2
+    )
+    assert find_linear(part, "down_proj").out_features == whole.hidden_size
     assert part.blocks[0].cache.key_elements == whole.blocks[0].cache.key_elements // 2
     assert spec_of_one_card(whole, 1) is whole
 
 
-def test_kv_heads_are_on_several_cards_where_there_are_fewer_of_them(spec_of):
+def test_several_cards_have_the_same_kv_head_if_there_are_too_few(spec_of):
     whole = spec_of("Qwen/Qwen2.5-1.5B-Instruct")  # 2 KV heads, 12 heads
     two, four = spec_of_one_card(whole, 2), spec_of_one_card(whole, 4)
     assert two.blocks[0].cache.key_elements == whole.head_dim
     assert four.blocks[0].cache.key_elements == whole.head_dim
-    assert linear(four, "k_proj").out_features == whole.head_dim
+    assert find_linear(four, "k_proj").out_features == whole.head_dim
 
 
-def test_what_cannot_be_split_is_refused(spec_of, card, run):
+def test_a_model_that_cannot_be_split_is_refused(spec_of, card, run):
     config = run(tensor_parallel_size=3)
     with pytest.raises(ConfigError, match="3 does not divide the model's 28 attention heads"):
         solve(config, spec_of(SEVEN_B), card("h100"), world_size=3)
@@ -47,12 +52,14 @@ def test_two_cards_hold_half_of_the_weights_each(spec_of, card, run):
     spec = spec_of(SEVEN_B)
     one = solve(run(checkpointing=True), spec, card("h100"))
     two = solve(run(checkpointing=True, tensor_parallel_size=2), spec, card("h100"), world_size=2)
-    assert term(two, "engine.weights") == pytest.approx(term(one, "engine.weights") / 2, rel=0.01)
-    assert term(two, "engine.communication") > 0
+    assert term_bytes(two, "engine.weights") == pytest.approx(
+        term_bytes(one, "engine.weights") / 2, rel=0.01
+    )
+    assert term_bytes(two, "engine.communication") > 0
     assert two.model.parameters == one.model.parameters
     # A of q_proj is whole on both cards, its B is not: more than half, less than all.
-    assert term(one, "trainer.adapter") / 2 < term(two, "trainer.adapter")
-    assert term(two, "trainer.adapter") < term(one, "trainer.adapter")
+    assert term_bytes(one, "trainer.adapter") / 2 < term_bytes(two, "trainer.adapter")
+    assert term_bytes(two, "trainer.adapter") < term_bytes(one, "trainer.adapter")
     assert any("tensor_parallel_size 2" in note for note in two.model.notes)
 
 
@@ -107,23 +114,23 @@ def test_a_number_that_is_too_small_is_offered_a_larger_one(spec_of, card, run):
     assert not [one for one in result.remedies if "load_in_4bit" in one.change], "TP003 refuses it"
 
 
-def test_packed_weights_are_not_offered_a_split(spec_of, card, run):
+def test_4bit_weights_get_no_remedy_to_split_the_model(spec_of, card, run):
     spec = spec_of("meta-llama/Llama-3.3-70B-Instruct")
     result = solve(run(r=64, load_in_4bit=True), spec, card("4080"))
     assert not result.feasible
     assert not split_remedies(result)
 
 
-def test_a_32b_model_is_split_where_its_card_is_too_small_for_it(spec_of, card, run):
+def test_a_32b_model_is_split_if_one_card_is_too_small(spec_of, card, run):
     spec = spec_of("Qwen/Qwen2.5-32B")
     config = run(r=32, tensor_parallel_size="auto", checkpointing=True)
     result = solve(config, spec, card("a6000"), world_size=4)  # 48 GB, and 61 of weights
     assert (result.feasible, result.choice.tensor_parallel_size) == (True, 2)
-    assert term(result, "engine.weights") == pytest.approx(32.76e9, rel=0.02)
-    assert term(result, "engine.communication") > 0
+    assert term_bytes(result, "engine.weights") == pytest.approx(32.76e9, rel=0.02)
+    assert term_bytes(result, "engine.communication") > 0
 
 
-def test_facts_are_those_of_the_config(spec_of, all_shapes):
+def test_split_facts_agree_with_the_config(spec_of, all_shapes):
     config = all_shapes[SEVEN_B]["config"]
     for size in range(1, 9):
         mine = parallel.shape_problem(split_facts(spec_of(SEVEN_B)), size)
@@ -153,11 +160,11 @@ def test_which_numbers_a_shape_can_be_split_by(size, problem):
         ({"num_attention_heads": 9, "vocab_size": 100}, 9, "padded vocabulary 128"),
     ],
 )
-def test_what_a_shape_says_against_a_number(config, size, said):
+def test_the_reason_why_a_shape_cannot_be_split(config, size, said):
     assert said in parallel.shape_problem(config, size)
 
 
-def test_auto_offers_one_for_a_kind_of_model_that_is_not_split():
+def test_possible_sizes_of_models_that_can_and_cannot_be_split():
     assert parallel.possible_sizes({"model_type": "phi3", "num_attention_heads": 8}, 4) == [1]
     assert parallel.possible_sizes({"model_type": "llama", "num_attention_heads": 8}, 6) == [1, 2]
     assert parallel.possible_sizes(None, 4) == [1, 2, 4]
@@ -165,7 +172,7 @@ def test_auto_offers_one_for_a_kind_of_model_that_is_not_split():
     assert parallel.count_replicas(4, "auto") == 4
 
 
-def test_a_model_that_fits_no_single_card_takes_as_few_as_hold_it(spec_of, card, run):
+def test_a_model_is_split_over_the_fewest_cards_that_fit(spec_of, card, run):
     spec = spec_of("meta-llama/Llama-3.3-70B-Instruct")
     config = run(r=32, tensor_parallel_size="auto")
     result = solve(config, spec, card("h100"), world_size=8)

@@ -46,7 +46,7 @@ def test_bytes_of_a_quantized_matrix(scheme, nbytes):
     assert scheme.weight_bytes(4096, 4096) == nbytes
 
 
-def test_what_stays_in_16_bits(spec_of):
+def test_embeddings_and_head_stay_in_16_bits(spec_of):
     """NF4 on load: embeddings and head are 16-bit, the layers 0.5 byte and 4/64 a weight."""
     spec = spec_of(EIGHT_B)
     tables = 2 * 128256 * 4096 * 2
@@ -73,7 +73,7 @@ def test_the_engine_pads_the_vocabulary(spec_of):
     assert more == (49216 - 49159) * 4096 * 2
 
 
-def test_modules_that_are_skipped():
+def test_skipped_modules_are_not_quantized():
     scheme = parse_quantization(
         {
             "quant_method": "bitsandbytes",
@@ -93,7 +93,7 @@ def test_adapter_parameters(spec_of, targets):
     assert found == 16 * 8 * ((2048 + 2048) + (2048 + 512))
 
 
-def test_experts_are_no_target():
+def test_stacked_experts_are_not_targeted():
     assert not lora_bytes.is_targeted(
         Linear("mlp.experts.up_proj", 4, 4, copies=8), SEVEN_PROJECTIONS
     )
@@ -148,7 +148,7 @@ def test_eager_has_no_graphs(spec_of, card, run):
     assert result.engine.graph_bytes == 0
 
 
-def test_available_memory_is_known():
+def test_available_host_memory_is_positive():
     assert available_host_bytes() > 1 << 20
 
 
@@ -172,7 +172,7 @@ def test_calibrate_reads_the_run(run_dir):
     assert not found.is_above_bound
 
 
-def test_calibrate_takes_the_engines_account(run_dir):
+def test_calibrate_compares_the_memory_of_the_engine(run_dir):
     folder, sizing = run_dir
     budget = {line["term"]: line["bytes"] for line in sizing["budget"]}
     loaded = sum(budget[f"engine.{name}"] for name in ("weights", "lora", "rope_tables"))
@@ -206,7 +206,7 @@ def test_calibrate_without_a_prediction(tmp_path, text):
 
 
 @pytest.mark.parametrize(("chunked", "tokens"), [(True, 8192), (False, 20000)])
-def test_prompts_that_are_not_cut_go_through_whole(spec_of, card, run, chunked, tokens):
+def test_without_chunked_prefill_a_whole_prompt_is_batched(spec_of, card, run, chunked, tokens):
     config = run(max_seq_length=20000, enable_chunked_prefill=chunked)
     filled = solve(config, spec_of(ONE_B), card("h100")).apply(config)
     assert filled.model.max_num_batched_tokens == tokens
