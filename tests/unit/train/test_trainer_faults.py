@@ -19,7 +19,7 @@ from toolkit.train.step import step_errors
 from toolkit.train.trainer import GRPOTrainer
 
 
-class Narrow(GRPOTrainer):
+class OutOfMemoryTrainer(GRPOTrainer):
     """Runs out of memory where a training forward is given more than ``limit`` tokens."""
 
     limit = 30
@@ -37,7 +37,7 @@ class Narrow(GRPOTrainer):
         return output
 
 
-def parameters(trainer):
+def trained_values(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
 
 
@@ -47,48 +47,50 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path, loss_type, capl
     grpo |= {"optim": "sgd", "learning_rate": 0.1}  # Adam would make much of rounding
     whole = make_trainer(tmp_path / "a", **grpo)
     whole.train()
-    Narrow.refused = 0
-    parts = make_trainer(tmp_path / "b", kind=Narrow, **grpo)
+    OutOfMemoryTrainer.refused = 0
+    parts = make_trainer(tmp_path / "b", kind=OutOfMemoryTrainer, **grpo)
     parts.train()
     assert parts.min_parts >= 4
-    assert Narrow.refused >= 2  # the whole, its halves; then parts that fit, also in the next step
+    assert (
+        OutOfMemoryTrainer.refused >= 2
+    )  # the whole, its halves; then parts that fit, also in the next step
     assert f"the micro-batch is split into {parts.min_parts} parts from now on" in caplog.text
-    torch.testing.assert_close(parameters(parts), parameters(whole), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(trained_values(parts), trained_values(whole), atol=1e-6, rtol=1e-4)
     rows = [[r for r in t.state.log_history if "loss" in r] for t in (parts, whole)]
-    for mine, theirs in zip(*rows, strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
-        assert mine["reward"] == theirs["reward"]
+    for split_row, whole_row in zip(*rows, strict=True):
+        assert split_row["loss"] == pytest.approx(whole_row["loss"], abs=1e-6)
+        assert split_row["grad_norm"] == pytest.approx(whole_row["grad_norm"], rel=1e-3)
+        assert split_row["reward"] == whole_row["reward"]
 
 
-def test_an_error_without_a_text_is_one_too(tmp_path, caplog):
-    class Bare(Narrow):
+def test_an_out_of_memory_error_without_a_text_splits_the_step(tmp_path, caplog):
+    class Bare(OutOfMemoryTrainer):
         error = MemoryError()
 
     make_trainer(tmp_path, kind=Bare, max_steps=1).train()
     assert "the micro-batch is split into 2 parts from now on (MemoryError)" in caplog.text
 
 
-def test_memory_that_never_suffices_is_given_up_on(tmp_path):
-    class Never(Narrow):
+def test_memory_that_never_suffices_is_an_error(tmp_path):
+    class Never(OutOfMemoryTrainer):
         limit = 0
 
     trainer = make_trainer(tmp_path, kind=Never)
     with pytest.raises(torch.OutOfMemoryError) as refused:
         trainer.train()
     assert trainer.min_parts == 8  # one row a part
-    told = step_errors.translate(refused.value, "here")
-    assert isinstance(told, ConfigError)
-    assert "per_device_train_batch_size" in told.fix
+    translated = step_errors.translate(refused.value, "here")
+    assert isinstance(translated, ConfigError)
+    assert "per_device_train_batch_size" in translated.fix
 
 
-def test_an_option_that_needs_the_whole_micro_batch_is_not_cut(tmp_path):
-    trainer = make_trainer(tmp_path, kind=Narrow, top_entropy_quantile=0.5)
+def test_a_micro_batch_that_must_stay_whole_is_not_split(tmp_path):
+    trainer = make_trainer(tmp_path, kind=OutOfMemoryTrainer, top_entropy_quantile=0.5)
     with pytest.raises(RuntimeError, match="cannot be split"):
         trainer.train()
 
 
-def test_rollouts_that_do_not_fit_are_made_in_halves(tmp_path, caplog):
+def test_a_rollout_that_does_not_fit_is_repeated_in_halves(tmp_path, caplog):
     trainer = make_trainer(tmp_path, max_steps=2)
     generate, seen = trainer.model.generate, []
 
@@ -109,7 +111,7 @@ def test_rollouts_that_do_not_fit_are_made_in_halves(tmp_path, caplog):
     assert trainer.state.global_step == 2
 
 
-class Poisoned(GRPOTrainer):
+class NanLossTrainer(GRPOTrainer):
     """Its loss is no number in the given micro-steps."""
 
     at = (1,)
@@ -119,9 +121,9 @@ class Poisoned(GRPOTrainer):
         return loss * math.nan if self._step in self.at else loss
 
 
-def test_a_step_that_is_no_number_is_dropped_and_counted(tmp_path, caplog):
+def test_a_step_with_a_nan_loss_is_skipped_and_counted(tmp_path, caplog):
     trainer = make_trainer(
-        tmp_path, kind=Poisoned, max_steps=3, save_strategy="steps", save_steps=1
+        tmp_path, kind=NanLossTrainer, max_steps=3, save_strategy="steps", save_steps=1
     )
     trainer.train()
     first, second = (
@@ -137,8 +139,8 @@ def test_a_step_that_is_no_number_is_dropped_and_counted(tmp_path, caplog):
     assert "step 2 skipped: loss or gradient is not finite (1 in a row)" in caplog.text
 
 
-def test_the_run_stops_at_the_limit_with_the_batch_saved(tmp_path):
-    class Always(Poisoned):
+def test_the_run_stops_at_the_limit_of_bad_steps_and_saves_the_batch(tmp_path):
+    class Always(NanLossTrainer):
         at = range(1, 100)
 
     trainer = make_trainer(tmp_path, kind=Always, max_steps=9, save_strategy="steps", save_steps=1)
@@ -162,19 +164,19 @@ def test_the_run_stops_at_the_limit_with_the_batch_saved(tmp_path):
     ],
 )
 def test_known_faults_have_an_exit_code_and_a_fix(error, kind, code):
-    told = step_errors.translate(error, "runs/x")
-    assert type(told) is kind
-    assert told.exit_code == code
-    assert told.fix
-    assert "\n" not in told.message
+    translated = step_errors.translate(error, "runs/x")
+    assert type(translated) is kind
+    assert translated.exit_code == code
+    assert translated.fix
+    assert "\n" not in translated.message
 
 
-def test_a_defect_is_not_dressed_up():
+def test_a_defect_is_not_translated():
     assert step_errors.translate(KeyError("x"), "here") is None
     assert step_errors.translate(RuntimeError("shapes do not match"), "here") is None
 
 
-def test_a_folder_where_a_file_is_to_be_written_is_named(tmp_path):
+def test_a_folder_at_the_path_of_a_file_is_an_error_with_its_path(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(IsADirectoryError) as raised:
         write_file(tmp_path / "x", "text")

@@ -58,7 +58,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, name, engine):
         assert history(again) == history(whole), stop
 
 
-def test_true_takes_the_latest_sound_checkpoint_and_names_the_torn_one(tmp_path, caplog):
+def test_resume_true_skips_an_incomplete_checkpoint_with_a_message(tmp_path, caplog):
     saving = {"save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(tmp_path, **saving)
     whole.train()
@@ -69,14 +69,14 @@ def test_true_takes_the_latest_sound_checkpoint_and_names_the_torn_one(tmp_path,
     assert "checkpoint-6: optimizer.safetensors has 0 bytes" in caplog.text
 
 
-def test_a_torn_checkpoint_that_was_named_is_refused(tmp_path):
+def test_an_incomplete_checkpoint_that_was_named_is_an_error(tmp_path):
     make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     (tmp_path / "checkpoint-2" / "rank-0.json").unlink()
     with pytest.raises(ConfigError, match=r"rank-0.json is missing"):
         make_trainer(tmp_path).train(str(tmp_path / "checkpoint-2"))
 
 
-def forge(folder, name, change):
+def change_json(folder, name, change):
     """Alter a JSON file of a checkpoint as its writer would have: checksums are right after it."""
     described = json.loads((folder / name).read_text())
     (folder / name).write_text(change(described))
@@ -85,7 +85,7 @@ def forge(folder, name, change):
     assert checkpoint.find_faults(folder) == []
 
 
-def edited(**values):
+def with_values(**values):
     return lambda described: json.dumps({**described, **values})
 
 
@@ -103,24 +103,36 @@ def load_all(trainer, folder):
     trainer_state.load_generators(trainer, folder)
 
 
-def test_a_checkpoint_of_a_foe_is_refused_in_words(tmp_path):
+def test_a_hostile_checkpoint_is_an_error_with_a_message(tmp_path):
     sound, forged = tmp_path / "checkpoint-2", tmp_path / "forged"
     make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     cases = [
-        ("state.json", edited(world_size="1"), "world_size is missing, or not of type int"),
+        ("state.json", with_values(world_size="1"), "world_size is missing, or not of type int"),
         ("state.json", lambda _: "[" * 200_000, "cannot be read as JSON"),
         ("state.json", lambda _: "[]", "world_size is missing, or not of type int"),
-        ("state.json", edited(counters={}), "the state in the checkpoint cannot be used: KeyErr"),
-        ("state.json", edited(optimizer={"tensor": "x"}), "cannot be used: KeyError"),
-        ("state.json", edited(scheduler={"value": 1}), "the state in the checkpoint cannot be"),
+        (
+            "state.json",
+            with_values(counters={}),
+            "the state in the checkpoint cannot be used: KeyErr",
+        ),
+        ("state.json", with_values(optimizer={"tensor": "x"}), "cannot be used: KeyError"),
+        (
+            "state.json",
+            with_values(scheduler={"value": 1}),
+            "the state in the checkpoint cannot be",
+        ),
         ("rank-0.json", lambda _: "{}", "the state in the checkpoint cannot be used"),
-        ("rank-0.json", edited(generators={"python": 1}), "the state in the checkpoint cannot be"),
-        ("trainer_state.json", edited(unknown=1), "cannot be used: TypeError"),
+        (
+            "rank-0.json",
+            with_values(generators={"python": 1}),
+            "the state in the checkpoint cannot be",
+        ),
+        ("trainer_state.json", with_values(unknown=1), "cannot be used: TypeError"),
         ("trainer_state.json", lambda _: "null", "cannot be used: TypeError"),
-        ("trainer_state.json", edited(epoch=float("inf")), "cannot be used: OverflowError"),
-        ("trainer_state.json", edited(global_step=float("inf")), "global_step is inf"),
-        ("trainer_state.json", edited(global_step=10**30), "global_step is 1000"),
-        ("trainer_state.json", edited(global_step=-1), "global_step is -1"),
+        ("trainer_state.json", with_values(epoch=float("inf")), "cannot be used: OverflowError"),
+        ("trainer_state.json", with_values(global_step=float("inf")), "global_step is inf"),
+        ("trainer_state.json", with_values(global_step=10**30), "global_step is 1000"),
+        ("trainer_state.json", with_values(global_step=-1), "global_step is -1"),
         ("rank-0.json", huge_generator("python"), "cannot be used: OverflowError"),
         ("rank-0.json", huge_generator("numpy"), "cannot be used: OverflowError"),
     ]
@@ -129,23 +141,25 @@ def test_a_checkpoint_of_a_foe_is_refused_in_words(tmp_path):
     for name, change, words in cases:
         shutil.rmtree(forged, ignore_errors=True)
         shutil.copytree(sound, forged)
-        forge(forged, name, change)
+        change_json(forged, name, change)
         with pytest.raises(InputError) as refused:
             load_all(trainer, forged)
         assert words in refused.value.message, (name, words)
     # an evaluation that was due, and no held-out data any more
     shutil.rmtree(forged)
     shutil.copytree(sound, forged)
-    forge(forged, "state.json", edited(pending_evaluation=True))
+    change_json(forged, "state.json", with_values(pending_evaluation=True))
     load_all(trainer, forged)
     assert trainer.pending_evaluation is False
 
 
-def test_a_checkpoint_sets_no_attribute_but_the_counters(tmp_path):
+def test_a_checkpoint_sets_only_the_counters_of_the_trainer(tmp_path):
     folder = tmp_path / "checkpoint-2"
     make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     counters = json.loads((folder / "state.json").read_text())["counters"]
-    forge(folder, "state.json", edited(counters={**counters, "keep_last": 1, "log": "x"}))
+    change_json(
+        folder, "state.json", with_values(counters={**counters, "keep_last": 1, "log": "x"})
+    )
     again = make_trainer(tmp_path / "b", max_steps=3)
     again.train(str(folder))
     assert again.keep_last is None
@@ -165,7 +179,9 @@ def test_a_checkpoint_sets_no_attribute_but_the_counters(tmp_path):
     ],
     ids=["missing", "extra", "rank", "nan"],
 )
-def test_an_adapter_from_elsewhere_is_refused_with_the_difference(tmp_path, change, difference):
+def test_an_adapter_with_other_tensors_is_an_error_with_the_difference(
+    tmp_path, change, difference
+):
     trainer = make_trainer(tmp_path)
     parameters = state_files.trainable_parameters(trainer.model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -177,7 +193,7 @@ def test_an_adapter_from_elsewhere_is_refused_with_the_difference(tmp_path, chan
     assert all(torch.equal(before[name], p) for name, p in parameters.items())
 
 
-def test_another_world_size_is_refused(tmp_path):
+def test_another_world_size_is_an_error(tmp_path):
     make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     folder = tmp_path / "checkpoint-2"
     described = json.loads((folder / "state.json").read_text())
@@ -197,7 +213,7 @@ def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
     assert suffixes == {".json", ".safetensors"}
 
 
-def test_the_adapter_of_a_checkpoint_is_one_that_peft_loads(tmp_path):
+def test_peft_can_load_the_adapter_of_a_checkpoint(tmp_path):
     peft = pytest.importorskip("peft")
     from toolkit.train.demo import make_model
 
@@ -209,7 +225,7 @@ def test_the_adapter_of_a_checkpoint_is_one_that_peft_loads(tmp_path):
         assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
 
 
-def test_every_generator_is_put_back():
+def test_every_random_generator_is_restored():
     described, tensors = state_files.generator_states()
     described = json.loads(json.dumps(described))
     drawn = [random.random(), np.random.rand(), torch.rand(1).item(), np.random.randn()]
@@ -217,7 +233,7 @@ def test_every_generator_is_put_back():
     assert [random.random(), np.random.rand(), torch.rand(1).item(), np.random.randn()] == drawn
 
 
-def test_flatten_gives_back_what_it_was_given():
+def test_unflatten_restores_the_flattened_value():
     value = {"a": [1, 2.5, None, (True, "x")], 3: {"t": torch.arange(6).reshape(2, 3)}}
     tensors: dict[str, torch.Tensor] = {}
     described = json.loads(json.dumps(state_files.flatten(value, tensors, "v")))
@@ -241,34 +257,34 @@ def test_the_best_checkpoints_are_kept(tmp_path):
     assert set(trainer_state.best_steps(tmp_path, 2)) <= {*best, *checkpoint.list_steps(tmp_path)}
 
 
-def test_the_evaluation_that_was_cut_is_made_up_for(tmp_path):
+def test_an_interrupted_evaluation_is_repeated_after_resume(tmp_path):
     whole = make_trainer(
         tmp_path / "a", eval_rows=ROWS[:4], eval_strategy="steps", eval_steps=2, max_steps=4
     )
     whole.train()
-    cut = make_trainer(
+    interrupted = make_trainer(
         tmp_path / "b", eval_rows=ROWS[:4], eval_strategy="steps", eval_steps=2, max_steps=4
     )
     from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 
-    cut.signals = StopSignals()
-    cut._metrics["eval"]
-    original = cut.evaluation_loop
+    interrupted.signals = StopSignals()
+    interrupted._metrics["eval"]
+    original = interrupted.evaluation_loop
 
-    def cut_here(*args, **kwargs):
+    def interrupt_evaluation(*args, **kwargs):
         original(*args, **kwargs)
         raise StepAbandoned("SIGTERM")
 
-    cut.evaluation_loop = cut_here
+    interrupted.evaluation_loop = interrupt_evaluation
     with pytest.raises(StepAbandoned):
-        cut.train()
-    assert cut.snapshot.pending_evaluation
-    cut.save_snapshot(cut.snapshot)
-    again = make_trainer(
+        interrupted.train()
+    assert interrupted.snapshot.pending_evaluation
+    interrupted.save_snapshot(interrupted.snapshot)
+    resumed = make_trainer(
         tmp_path / "b", eval_rows=ROWS[:4], eval_strategy="steps", eval_steps=2, max_steps=4
     )
-    again.train(str(tmp_path / "b" / "checkpoint-2"))
-    assert adapter_digest(again) == adapter_digest(whole)
+    resumed.train(str(tmp_path / "b" / "checkpoint-2"))
+    assert adapter_digest(resumed) == adapter_digest(whole)
 
     def evaluations(trainer):
         rows = [r for r in trainer.state.log_history if "eval_reward" in r]
@@ -277,5 +293,5 @@ def test_the_evaluation_that_was_cut_is_made_up_for(tmp_path):
             for r in rows
         ]
 
-    assert evaluations(again) == evaluations(whole)
-    assert [row["step"] for row in evaluations(again)] == [2, 4]
+    assert evaluations(resumed) == evaluations(whole)
+    assert [row["step"] for row in evaluations(resumed)] == [2, 4]
