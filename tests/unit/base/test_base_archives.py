@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def _tar(path: Path, *members: tarfile.TarInfo | tuple[str, bytes]) -> Path:
+def write_tar(path: Path, *members: tarfile.TarInfo | tuple[str, bytes]) -> Path:
     with tarfile.open(path, "w:gz") as tar:
         for member in members:
             if isinstance(member, tarfile.TarInfo):
@@ -32,22 +32,22 @@ def _tar(path: Path, *members: tarfile.TarInfo | tuple[str, bytes]) -> Path:
     return path
 
 
-def _zip(path: Path, *members: tuple[str, bytes]) -> Path:
+def write_zip(path: Path, *members: tuple[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
         for name, content in members:
             zipped.writestr(name, content)
     return path
 
 
-def _special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+def special_member(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     return info
 
 
-@pytest.mark.parametrize("make", [_tar, _zip])
-def test_what_is_clean_is_unpacked(tmp_path: Path, make) -> None:
-    name = "a.zip" if make is _zip else "a.tar.gz"
+@pytest.mark.parametrize("make", [write_tar, write_zip])
+def test_a_valid_archive_is_unpacked(tmp_path: Path, make) -> None:
+    name = "a.zip" if make is write_zip else "a.tar.gz"
     archive = make(tmp_path / name, ("data/x.txt", b"x"), ("y.txt", b"y"))
     into = unpack(archive, tmp_path / "into")
     assert is_archive(archive)
@@ -55,9 +55,11 @@ def test_what_is_clean_is_unpacked(tmp_path: Path, make) -> None:
     assert (into / "y.txt").read_bytes() == b"y"
 
 
-@pytest.mark.parametrize("make", [_tar, _zip])
+@pytest.mark.parametrize("make", [write_tar, write_zip])
 @pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "..\\evil"])
-def test_a_member_that_leads_outside_spoils_the_whole(tmp_path: Path, make, name: str) -> None:
+def test_a_member_outside_the_folder_refuses_the_whole_archive(
+    tmp_path: Path, make, name: str
+) -> None:
     archive = make(tmp_path / "a", ("good", b"x"), (name, b"evil"))
     with pytest.raises(ConfigError, match="a member leads outside its folder") as caught:
         unpack(archive, tmp_path / "into")
@@ -68,14 +70,14 @@ def test_a_member_that_leads_outside_spoils_the_whole(tmp_path: Path, make, name
 @pytest.mark.parametrize(
     "member",
     [
-        _special("link", tarfile.SYMTYPE, "/etc/passwd"),
-        _special("link", tarfile.LNKTYPE, "/etc/passwd"),
-        _special("device", tarfile.CHRTYPE),
-        _special("pipe", tarfile.FIFOTYPE),
+        special_member("link", tarfile.SYMTYPE, "/etc/passwd"),
+        special_member("link", tarfile.LNKTYPE, "/etc/passwd"),
+        special_member("device", tarfile.CHRTYPE),
+        special_member("pipe", tarfile.FIFOTYPE),
     ],
 )
 def test_links_and_devices_are_refused(tmp_path: Path, member: tarfile.TarInfo) -> None:
-    archive = _tar(tmp_path / "a", member, ("link/x", b"x"))
+    archive = write_tar(tmp_path / "a", member, ("link/x", b"x"))
     with pytest.raises(ConfigError, match="contains a link or a device"):
         unpack(archive, tmp_path / "into")
 
@@ -90,42 +92,42 @@ def test_a_link_in_a_zip_is_refused(tmp_path: Path) -> None:
         unpack(archive, tmp_path / "into")
 
 
-def test_a_bomb_is_refused(tmp_path: Path) -> None:
-    archive = _zip(tmp_path / "a.zip", ("zeros", bytes(5_000_000)))
+def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "a.zip", ("zeros", bytes(5_000_000)))
     assert archive.stat().st_size < 10_000
     with pytest.raises(ConfigError, match=r"unpacks to more than 1\.0 MiB"):
         unpack(archive, tmp_path / "into", limit_bytes=1 << 20)
 
 
 def test_the_same_member_twice_is_refused(tmp_path: Path) -> None:
-    archive = _tar(tmp_path / "a.tar", ("x", b"1"), ("./x", b"2"))
+    archive = write_tar(tmp_path / "a.tar", ("x", b"1"), ("./x", b"2"))
     with pytest.raises(ConfigError, match="twice"):
         unpack(archive, tmp_path / "into")
 
 
-def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
-    archive = _tar(tmp_path / "a.tar", ("x", b"1"))
+def test_a_target_folder_with_files_is_refused(tmp_path: Path) -> None:
+    archive = write_tar(tmp_path / "a.tar", ("x", b"1"))
     with pytest.raises(ConfigError, match="not empty"):
         unpack(archive, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 torn"])
-def test_no_archive_at_all(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(InputError):
         unpack(tmp_path / "a.zip", tmp_path / "into")
 
 
-def test_a_torn_archive_is_unreadable_not_a_crash(tmp_path: Path) -> None:
-    whole = _tar(tmp_path / "a.tgz", ("x", bytes(range(256)) * 1000)).read_bytes()
+def test_a_truncated_archive_is_an_input_error(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "a.tgz", ("x", bytes(range(256)) * 1000)).read_bytes()
     for size in range(0, len(whole), 97):
         (tmp_path / "torn.tgz").write_bytes(whole[:size])
         with pytest.raises(ToolkitError):
             unpack(tmp_path / "torn.tgz", tmp_path / f"into{size}")
 
 
-def test_a_member_that_does_not_decompress_is_no_crash(tmp_path: Path) -> None:
-    archive = _zip(tmp_path / "a.zip", ("x", bytes(range(256)) * 100))
+def test_a_corrupt_member_is_an_input_error(tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "a.zip", ("x", bytes(range(256)) * 100))
     damaged = bytearray(archive.read_bytes())
     damaged[33:60] = b"\xff" * 27  # what follows the header of 30 bytes and the name
     archive.write_bytes(damaged)
@@ -134,7 +136,7 @@ def test_a_member_that_does_not_decompress_is_no_crash(tmp_path: Path) -> None:
 
 
 def test_a_member_with_a_password_is_refused(tmp_path: Path) -> None:
-    archive = _zip(tmp_path / "a.zip", ("x", b"1"))
+    archive = write_zip(tmp_path / "a.zip", ("x", b"1"))
     damaged = bytearray(archive.read_bytes())
     for flags in (6, damaged.index(b"PK\x01\x02") + 8):  # in both headers
         damaged[flags] |= 1
@@ -145,14 +147,14 @@ def test_a_member_with_a_password_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["long" * 100, "file/in/a/file"])
 def test_a_member_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
-    archive = _tar(tmp_path / "a.tar", ("file", b"1"), (name, b"2"))
+    archive = write_tar(tmp_path / "a.tar", ("file", b"1"), (name, b"2"))
     with pytest.raises(InputError, match=f"the member '{name}' cannot be unpacked") as caught:
         unpack(archive, tmp_path / "into")
     assert caught.value.where == str(archive)
     assert str(tmp_path / "into") not in str(caught.value)
 
 
-def test_a_folder_packed_as_itself(tmp_path: Path) -> None:
+def test_the_entry_of_the_packed_folder_itself_is_ignored(tmp_path: Path) -> None:
     """What ``tar -C data -czf data.tgz .`` makes: ./ and ./file."""
     folder = tmp_path / "data"
     (folder / "sub").mkdir(parents=True)
@@ -164,8 +166,8 @@ def test_a_folder_packed_as_itself(tmp_path: Path) -> None:
     assert (into / "sub" / "y.txt").read_text() == "y"
 
 
-@pytest.mark.parametrize("make", [_tar, _zip])
-def test_what_macos_adds_is_ignored(tmp_path: Path, make) -> None:
+@pytest.mark.parametrize("make", [write_tar, write_zip])
+def test_files_that_macos_adds_are_ignored(tmp_path: Path, make) -> None:
     archive = make(
         tmp_path / "a",
         ("._x.jsonl", b"\0"),
@@ -177,7 +179,7 @@ def test_what_macos_adds_is_ignored(tmp_path: Path, make) -> None:
     assert [path.name for path in into.rglob("*")] == ["x.jsonl"]
 
 
-def _header(name: str, kind: bytes, size: int) -> bytes:
+def tar_header(name: str, kind: bytes, size: int) -> bytes:
     info = tarfile.TarInfo(name)
     info.type, info.size = kind, size
     return info.tobuf(tarfile.GNU_FORMAT)
@@ -189,7 +191,7 @@ def test_a_header_of_gigabytes_is_refused_at_once(
     tmp_path: Path, kind: bytes, packed: bool
 ) -> None:
     archive = tmp_path / "a.tar"
-    start = _header("x", kind, 2 << 30)
+    start = tar_header("x", kind, 2 << 30)
     if packed:
         archive.write_bytes(gzip.compress(start + bytes(1 << 20)))
     else:
@@ -205,7 +207,7 @@ def test_a_header_of_gigabytes_is_refused_at_once(
 
 def test_a_chain_of_headers_is_refused(tmp_path: Path) -> None:
     archive = tmp_path / "a.tar"
-    one = _header("x", tarfile.XHDTYPE, 512) + b"11 path=ab\n".ljust(512, b"\0")
+    one = tar_header("x", tarfile.XHDTYPE, 512) + b"11 path=ab\n".ljust(512, b"\0")
     archive.write_bytes(one * 5000)
     with pytest.raises(InputError, match="its headers are nested in a loop"):
         unpack(archive, tmp_path / "into")
@@ -215,7 +217,10 @@ def test_a_chain_of_headers_is_refused(tmp_path: Path) -> None:
 def test_a_member_of_negative_size_is_refused(tmp_path: Path, size: int) -> None:
     """tarfile would read the same header for ever."""
     archive = tmp_path / "a.tar"
-    first, second = bytearray(_header("a", tarfile.REGTYPE, 0)), bytearray(_header("b", b"0", 0))
+    first, second = (
+        bytearray(tar_header("a", tarfile.REGTYPE, 0)),
+        bytearray(tar_header("b", b"0", 0)),
+    )
     second[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
     second[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(second))[0]
     archive.write_bytes(bytes(first + second) + bytes(1024))
@@ -223,12 +228,12 @@ def test_a_member_of_negative_size_is_refused(tmp_path: Path, size: int) -> None
         unpack(archive, tmp_path / "into")
 
 
-def test_what_unpacks_to_far_more_than_it_is_is_refused_in_time(tmp_path: Path) -> None:
+def test_an_archive_above_the_maximum_ratio_is_refused_quickly(tmp_path: Path) -> None:
     """Four gigabytes of zeros in four megabytes: refused after the first part of it."""
     archive = tmp_path / "a.tgz"
     block = bytes(1 << 24)
     with gzip.open(archive, "wb", compresslevel=1) as file:
-        file.write(_header("zeros", b"0", 1 << 28))
+        file.write(tar_header("zeros", b"0", 1 << 28))
         for _ in range(16):
             file.write(block)
     begin = time.monotonic()
@@ -238,9 +243,9 @@ def test_what_unpacks_to_far_more_than_it_is_is_refused_in_time(tmp_path: Path) 
     assert not (tmp_path / "into").exists()
 
 
-def test_more_members_than_the_limit_end_the_reading(tmp_path: Path, monkeypatch) -> None:
+def test_an_archive_with_too_many_members_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("toolkit.base.archives.MAX_MEMBERS", 3)
-    archive = _tar(tmp_path / "a.tgz", *[(f"{i}", b"") for i in range(4)])
+    archive = write_tar(tmp_path / "a.tgz", *[(f"{i}", b"") for i in range(4)])
     with pytest.raises(ConfigError, match="contains more than 3 members"):
         unpack(archive, tmp_path / "into")
 
@@ -255,8 +260,8 @@ def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
         unpack(tmp_path / "a.tar", tmp_path / "into")
 
 
-def test_names_cannot_act_on_a_terminal(tmp_path: Path) -> None:
-    archive = _tar(tmp_path / "a.tar", ("x\x1b[31m\u202e/../../evil", b"x"))
+def test_control_characters_of_a_member_name_are_escaped(tmp_path: Path) -> None:
+    archive = write_tar(tmp_path / "a.tar", ("x\x1b[31m\u202e/../../evil", b"x"))
     with pytest.raises(ConfigError) as caught:
         unpack(archive, tmp_path / "into")
     assert "\\x1b[31m\\u202e" in str(caught.value)
@@ -265,7 +270,7 @@ def test_names_cannot_act_on_a_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["pipe", "device", "loop"])
-def test_an_archive_that_is_no_file(tmp_path: Path, what: str) -> None:
+def test_an_archive_path_that_is_not_a_regular_file_is_refused(tmp_path: Path, what: str) -> None:
     path = tmp_path / "a.tgz"
     if what == "pipe":
         os.mkfifo(path)
@@ -276,7 +281,7 @@ def test_an_archive_that_is_no_file(tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tar.gz", "of macOS", "zip", "pax"])
-def test_many_members_or_headers_take_no_time(tmp_path: Path, kind: str) -> None:
+def test_many_members_or_headers_are_refused_quickly(tmp_path: Path, kind: str) -> None:
     archive = tmp_path / ("a.zip" if kind == "zip" else "a.tar.gz")
     if kind == "zip":
         with zipfile.ZipFile(archive, "w") as zipped:
@@ -286,13 +291,13 @@ def test_many_members_or_headers_take_no_time(tmp_path: Path, kind: str) -> None
             zipped._didModify = True
     elif kind == "pax":
         records = b"6 a=b\n" * 170_000
-        header = _header("p", tarfile.XHDTYPE, len(records)) + records
+        header = tar_header("p", tarfile.XHDTYPE, len(records)) + records
         header += bytes(-len(header) % 512)
-        members = [header + _header(f"x{number}", b"0", 0) for number in range(20)]
+        members = [header + tar_header(f"x{number}", b"0", 0) for number in range(20)]
         archive.write_bytes(gzip.compress(b"".join(members), 1))
     else:
         folder = "__MACOSX" if kind == "of macOS" else "d"
-        headers = b"".join(_header(f"{folder}/{number}", b"0", 0) for number in range(10_001))
+        headers = b"".join(tar_header(f"{folder}/{number}", b"0", 0) for number in range(10_001))
         archive.write_bytes(gzip.compress(headers, 1))
     begin = time.process_time()
     with pytest.raises(ConfigError, match=r"10000 members|headers of more|directory of"):

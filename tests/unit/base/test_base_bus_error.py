@@ -31,22 +31,22 @@ print("not reached")
 """
 
 
-def end(tmp_path: Path, how: str) -> subprocess.CompletedProcess[str]:
+def run_until_bus_error(tmp_path: Path, how: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "weights").write_bytes(bytes(1 << 20))
     command = [sys.executable, "-W", "ignore", "-c", READ, str(tmp_path / "weights"), how]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_a_bus_error_is_told(tmp_path: Path) -> None:
-    done = end(tmp_path, "main")
+def test_a_bus_error_prints_the_message(tmp_path: Path) -> None:
+    done = run_until_bus_error(tmp_path, "main")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", BUS_ERROR_MESSAGE)
 
 
-def test_a_bus_error_in_a_thread_is_told(tmp_path: Path) -> None:
-    done = end(tmp_path, "thread")
+def test_a_bus_error_in_a_thread_prints_the_message(tmp_path: Path) -> None:
+    done = run_until_bus_error(tmp_path, "thread")
     assert (done.returncode, done.stderr) == (2, BUS_ERROR_MESSAGE)
 
 
-def test_a_bus_error_inside_a_library_is_told(tmp_path: Path) -> None:
-    done = end(tmp_path, "numpy")
+def test_a_bus_error_inside_a_library_prints_the_message(tmp_path: Path) -> None:
+    done = run_until_bus_error(tmp_path, "numpy")
     assert (done.returncode, done.stderr) == (2, BUS_ERROR_MESSAGE)

@@ -25,12 +25,12 @@ def test_an_error_reads_as_one_block() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_error_ends_with_a_code_of_the_table(kind: type[ToolkitError]) -> None:
+def test_every_error_class_has_an_exit_code_of_the_table(kind: type[ToolkitError]) -> None:
     assert kind.exit_code in EXIT_CODES
     assert kind.exit_code != 0
 
 
-def test_the_readme_has_the_codes_of_the_table() -> None:
+def test_the_readme_lists_the_exit_codes_of_the_table() -> None:
     section = README.read_text("utf-8").partition("## Exit codes")[2].partition("\n## ")[0]
     told = [int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)]
     assert told == list(EXIT_CODES)

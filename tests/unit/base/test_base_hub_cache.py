@@ -15,20 +15,22 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def cached_model_folder(tmp_path: Path) -> Path:
     """The model's folder in a cache below HF_HOME."""
-    folder = tmp_path / "hub/models--org--name"
-    (folder / "refs/pr").mkdir(parents=True)
-    (folder / "refs/main").write_text(COMMIT)
-    (folder / "refs/pr/1").write_text(f"{COMMIT}\n")
-    (folder / "snapshots" / COMMIT).mkdir(parents=True)
-    return folder
+    cached_model_folder = tmp_path / "hub/models--org--name"
+    (cached_model_folder / "refs/pr").mkdir(parents=True)
+    (cached_model_folder / "refs/main").write_text(COMMIT)
+    (cached_model_folder / "refs/pr/1").write_text(f"{COMMIT}\n")
+    (cached_model_folder / "snapshots" / COMMIT).mkdir(parents=True)
+    return cached_model_folder
 
 
 @pytest.mark.parametrize("revision", [None, "main", "pr/1", COMMIT])
-def test_by_branch_and_by_commit(folder: Path, tmp_path: Path, revision: str | None) -> None:
+def test_a_model_is_found_by_branch_and_by_commit(
+    cached_model_folder: Path, tmp_path: Path, revision: str | None
+) -> None:
     environ = {"HF_HOME": str(tmp_path)}
-    assert cached_model("org/name", revision, environ) == folder / "snapshots" / COMMIT
+    assert cached_model("org/name", revision, environ) == cached_model_folder / "snapshots" / COMMIT
 
 
 @pytest.mark.parametrize(
@@ -43,17 +45,21 @@ def test_by_branch_and_by_commit(folder: Path, tmp_path: Path, revision: str | N
         ("", None),
     ],
 )
-def test_what_is_not_there(folder: Path, tmp_path: Path, name: str, revision: str | None) -> None:
+def test_a_model_that_is_not_cached_is_not_found(
+    cached_model_folder: Path, tmp_path: Path, name: str, revision: str | None
+) -> None:
     assert cached_model(name, revision, {"HF_HOME": str(tmp_path)}) is None
 
 
-def test_a_reference_that_leads_outside(folder: Path, tmp_path: Path) -> None:
-    (folder / "refs/main").write_text("../../../etc")
+def test_a_reference_outside_the_cache_is_not_followed(
+    cached_model_folder: Path, tmp_path: Path
+) -> None:
+    (cached_model_folder / "refs/main").write_text("../../../etc")
     assert cached_model("org/name", None, {"HF_HOME": str(tmp_path)}) is None
 
 
-def test_the_variables_that_say_where(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_environment_variables_set_the_cache_folder(
+    cached_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".cache").mkdir()
@@ -67,4 +73,4 @@ def test_the_variables_that_say_where(
     ):
         found = cached_model("org/name", None, environ)
         assert found is not None, environ
-        assert found.resolve() == folder / "snapshots" / COMMIT
+        assert found.resolve() == cached_model_folder / "snapshots" / COMMIT

@@ -57,7 +57,7 @@ def test_a_link_that_leads_outside_is_refused(tmp_path: Path) -> None:
         paths.safe_join(root, "../out", links=True)
 
 
-def _mode(path: Path) -> int:
+def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
@@ -75,12 +75,12 @@ def test_modes_under_any_umask(
         paths.append_line(folder / "lines", "one")
     finally:
         os.umask(old)
-    assert [_mode(tmp_path / "a"), _mode(folder)] == [folder_mode, folder_mode]
-    assert [_mode(folder / "file"), _mode(folder / "lines")] == [file_mode, file_mode]
+    assert [mode_of(tmp_path / "a"), mode_of(folder)] == [folder_mode, folder_mode]
+    assert [mode_of(folder / "file"), mode_of(folder / "lines")] == [file_mode, file_mode]
 
 
 @pytest.mark.parametrize(("umask", "expected"), [("000", "022"), ("077", "077"), ("002", "022")])
-def test_tighten_umask_takes_and_never_gives(umask: str, expected: str) -> None:
+def test_tighten_umask_never_adds_a_permission(umask: str, expected: str) -> None:
     code = (
         "import os; from toolkit.base.paths import tighten_umask\n"
         f"os.umask(0o{umask}); old = tighten_umask(); print(f'{{old:03o}} {{os.umask(0):03o}}')"
@@ -115,16 +115,16 @@ def test_a_rewritten_file_keeps_its_mode_and_its_link(tmp_path: Path, mode: int)
     link.symlink_to(file)
     paths.rewrite_file(link, "new")
     assert link.is_symlink()
-    assert (file.read_text(), _mode(file)) == ("new", mode)
+    assert (file.read_text(), mode_of(file)) == ("new", mode)
 
 
-def test_append_line_keeps_lines_whole(tmp_path: Path) -> None:
+def test_append_line_never_mixes_lines(tmp_path: Path) -> None:
     for text in ("one", "two\n", ""):
         paths.append_line(tmp_path / "f", text)
     assert (tmp_path / "f").read_text() == "one\ntwo\n\n"
 
 
-def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
+def test_a_special_file_is_never_replaced(tmp_path: Path) -> None:
     """``envcheck record /dev/null`` by root, with a pipe in the place of the device."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
@@ -137,7 +137,7 @@ def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
 
 
-def test_a_link_that_a_user_names_stays_one(tmp_path: Path) -> None:
+def test_write_named_file_keeps_a_link(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("before")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     paths.write_named_file(tmp_path / "link", "after")

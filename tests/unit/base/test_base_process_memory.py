@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def test_it_does_not_begin_with_the_memory_of_the_parent() -> None:
+def test_the_peak_excludes_the_memory_of_the_parent_process() -> None:
     child = "from toolkit.base.process_memory import peak_resident_bytes as p; print(p())"
     parent = (
         "import subprocess, sys; held = b'x' * 400_000_000\n"
@@ -18,7 +18,7 @@ def test_it_does_not_begin_with_the_memory_of_the_parent() -> None:
     assert 3_000_000 < int(done.stdout) < 200_000_000
 
 
-def test_it_grows_with_what_the_process_holds() -> None:
+def test_the_peak_grows_with_the_allocated_memory() -> None:
     child = (
         "from toolkit.base.process_memory import peak_resident_bytes as p\n"
         "before = p(); held = b'x' * 100_000_000; print(p() - before)"

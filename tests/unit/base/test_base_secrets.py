@@ -45,13 +45,13 @@ def test_every_pattern_has_an_example() -> None:
     assert set(EXAMPLES) == set(PATTERNS)
 
 
-def test_a_token_is_found_behind_an_underscore() -> None:
+def test_a_token_after_an_underscore_is_found() -> None:
     token = "hf_" + "aB3dE6gH9jKl" * 2
     assert redact(f"my_key_{token}: 1") == "my_key_[redacted: Hugging Face token]: 1"
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
-def test_found_and_redacted_by_form(kind: str) -> None:
+def test_a_secret_is_found_and_redacted_by_its_pattern(kind: str) -> None:
     secret = EXAMPLES[kind]
     text = f"before {secret} after"
     shown = redact(text, {})
@@ -73,7 +73,7 @@ def test_found_and_redacted_by_form(kind: str) -> None:
         "The bearer came",
     ],
 )
-def test_ordinary_text_stays(text: str) -> None:
+def test_ordinary_text_is_not_changed(text: str) -> None:
     assert find_secret(text) is None
     assert redact(text, {"HOME": "/root"}) == text
 
@@ -83,7 +83,7 @@ def test_ordinary_text_stays(text: str) -> None:
     ["hub_token", "token", "api_key", "apikey", "OPENAI_API_KEY", "password", "HF_TOKEN",
      "push_to_hub_token_api_key", "aws_secret_access_key", "client_secret"],
 )  # fmt: skip
-def test_names_of_secrets(name: str) -> None:
+def test_a_name_that_suggests_a_secret_is_recognised(name: str) -> None:
     assert is_secret_key(name)
 
 
@@ -92,11 +92,11 @@ def test_names_of_secrets(name: str) -> None:
     ["pad_token", "eos_token", "max_tokens", "tokens_per_s", "tokenizer", "keep_last", "key",
      "max_num_batched_tokens", "token_type_ids", "secretary", "model_name"],
 )  # fmt: skip
-def test_names_that_only_look_like_it(name: str) -> None:
+def test_a_name_that_only_resembles_a_secret_is_not_recognised(name: str) -> None:
     assert not is_secret_key(name)
 
 
-def test_values_of_the_environment_are_known() -> None:
+def test_values_of_secret_variables_are_redacted() -> None:
     environ = {
         "MY_SERVICE_TOKEN": "correct horse battery",
         "SHORT_TOKEN": "none",
@@ -106,11 +106,11 @@ def test_values_of_the_environment_are_known() -> None:
     assert shown == "x [redacted: MY_SERVICE_TOKEN] abcdefgh none"
 
 
-def test_a_path_to_a_secret_is_no_secret() -> None:
+def test_a_path_to_a_secret_is_not_redacted() -> None:
     assert redact("/run/token", {"HF_TOKEN": "/run/token"}) == "/run/token"
 
 
-def test_a_secret_that_begins_with_a_slash_is_one() -> None:
+def test_a_secret_that_begins_with_a_slash_is_redacted() -> None:
     secret = "/kZx8+3jd/ksl=="
     shown = redact(f"key {secret}", {"AWS_SECRET_ACCESS_KEY": secret})
     assert shown == "key [redacted: AWS_SECRET_ACCESS_KEY]"
@@ -130,7 +130,7 @@ def test_a_secret_that_begins_with_a_slash_is_one() -> None:
      lambda s: urllib.parse.quote(s, safe=""), lambda s: urllib.parse.urlencode({"a": s}),
      lambda s: "\n".join(f"  {line}" for line in s.splitlines())],
 )  # fmt: skip
-def test_a_secret_is_known_however_it_is_quoted(secret: str, show) -> None:
+def test_a_secret_is_redacted_in_every_encoding(secret: str, show) -> None:
     shown = redact(f"before {show(secret)} after", {"MY_PASSWORD": secret})
     assert "canary" not in shown
     assert shown.startswith("before ")
@@ -138,7 +138,7 @@ def test_a_secret_is_known_however_it_is_quoted(secret: str, show) -> None:
 
 
 @pytest.mark.parametrize("control", ["\x1b", "\u202e", "\0", "\u200b", "\udcff", "\r"])
-def test_a_secret_is_known_once_its_control_characters_are_shown(control: str) -> None:
+def test_a_secret_is_redacted_after_its_control_characters_are_escaped(control: str) -> None:
     secret = f"a canary{control}that\nsings"
     for shown in (escape_unprintable(secret), escape_unprintable(secret).replace("\n", "\\n")):
         assert redact(f"<{shown}>", {"MY_PASSWORD": secret}) == "<[redacted: MY_PASSWORD]>"
@@ -151,14 +151,14 @@ def test_a_secret_is_known_once_its_control_characters_are_shown(control: str) -
      "ENCRYPTION_KEY", "NPM_AUTH", "AZURE_STORAGE_CONNECTION_STRING", "wandb_api_key", "GH_JWT",
      "REDISCLI_AUTH", "SLACK_WEBHOOK_URL", "PASSWORD", "TOKEN"],
 )  # fmt: skip
-def test_variables_that_hold_secrets(name: str) -> None:
+def test_the_value_of_a_secret_variable_is_redacted(name: str) -> None:
     assert redact("a canary that sings", {name: "a canary that sings"}) == f"[redacted: {name}]"
 
 
 @pytest.mark.parametrize(
     "name", ["PWD", "OLDPWD", "HOME", "PATH", "MY_KEYS", "TOKENIZERS_PARALLELISM", "TASK_URL"]
 )
-def test_variables_that_hold_none(name: str) -> None:
+def test_the_value_of_another_variable_is_not_redacted(name: str) -> None:
     assert redact("a canary that sings", {name: "a canary that sings"}) == "a canary that sings"
 
 
@@ -168,19 +168,19 @@ def test_variables_that_hold_none(name: str) -> None:
      ("BROKER_URI", "amqp://:s3cr3t-canary@h"), ("X", "see redis://me:s3cr3t-canary@h/0 there"),
      ("A_URL", "https://me:s3cr3t%2Dcanary@h")],
 )  # fmt: skip
-def test_a_password_in_any_variables_url_is_known_by_itself(name: str, url: str) -> None:
+def test_a_password_in_the_url_of_any_variable_is_redacted(name: str, url: str) -> None:
     assert redact("s3cr3t-canary", {name: url}) == f"[redacted: {name}]"
     assert "canary" not in redact(f"at {url} now", {name: url})
 
 
-def test_what_was_taken_out_of_the_environment_stays_known(monkeypatch) -> None:
+def test_a_secret_removed_from_the_environment_is_still_redacted(monkeypatch) -> None:
     monkeypatch.setenv("ONCE_TOKEN", "a canary that sings")
     redact("")
     monkeypatch.delenv("ONCE_TOKEN")
     assert redact("a canary that sings") == "[redacted: ONCE_TOKEN]"
 
 
-def test_trees() -> None:
+def test_secrets_in_a_tree_are_redacted() -> None:
     tree = {
         "token": "short",
         "pad_token": "<pad>",
@@ -199,7 +199,7 @@ def test_trees() -> None:
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
-def test_redacting_twice_changes_nothing_more(tree: object) -> None:
+def test_redacting_twice_equals_redacting_once(tree: object) -> None:
     once = redact_tree(tree, {})
     assert redact_tree(once, {}) == once
     json.dumps(once)
@@ -210,13 +210,13 @@ def test_redacting_twice_changes_nothing_more(tree: object) -> None:
     ["a." * 50_000, "eyJ" + "a" * 100_000, "sk-" * 50_000, "x://" * 30_000, "Bearer " * 20_000,
      "-----BEGIN PRIVATE KEY-----" * 5_000, "eyJaaaaaaaa-" * 10_000, "hf_" + "a" * 100_000],
 )  # fmt: skip
-def test_hostile_text_takes_no_time(hostile: str) -> None:
+def test_hostile_text_is_redacted_quickly(hostile: str) -> None:
     started = time.perf_counter()
     redact(hostile, {})
     assert time.perf_counter() - started < 10
 
 
-def test_streams_and_logs_are_covered(capsys: pytest.CaptureFixture[str]) -> None:
+def test_streams_and_log_records_are_redacted(capsys: pytest.CaptureFixture[str]) -> None:
     factory = logging.getLogRecordFactory()
     secret = EXAMPLES["Hugging Face token"]
     log = logging.getLogger("elsewhere.deep")
@@ -246,7 +246,7 @@ def test_streams_and_logs_are_covered(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_a_protected_process_still_works(encoding: str) -> None:
+def test_a_process_with_protected_output_works_in_every_encoding(encoding: str) -> None:
     code = (
         "import sys, os\n"
         "from toolkit.base.secrets import protect_output\n"
@@ -274,7 +274,7 @@ def test_a_protected_process_still_works(encoding: str) -> None:
     assert b"canary" not in shown.stdout
 
 
-def test_what_is_written_late_is_covered_too() -> None:
+def test_output_of_exit_handlers_is_redacted() -> None:
     code = """
 import atexit, logging, os, sys, threading, time
 from toolkit.base.secrets import protect_output

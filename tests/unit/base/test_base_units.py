@@ -18,7 +18,7 @@ from toolkit.base.formatting import GIB, format_bytes, format_duration, format_p
         (-3 * GIB, "-3.00 GiB"),
     ],
 )
-def test_bytes(count: float, text: str) -> None:
+def test_format_bytes(count: float, text: str) -> None:
     assert format_bytes(count) == text
 
 
@@ -33,11 +33,11 @@ def test_bytes(count: float, text: str) -> None:
         (7500, "2 h 05 min"),
     ],
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_counts() -> None:
+def test_format_counts() -> None:
     assert [plural(count, "GPU") for count in (0, 1, 2)] == ["0 GPUs", "1 GPU", "2 GPUs"]
     assert format_parameters(8_030_261_248) == "8.030 B"
     assert format_parameters(456_789) == "0.46 M"

@@ -23,11 +23,11 @@ from toolkit.base.formatting import escape_unprintable
         ("é 漢字 🙂 \u00a0", "é 漢字 🙂 \u00a0"),
     ],
 )
-def test_visible(text: str, shown: str) -> None:
+def test_unprintable_characters_are_escaped(text: str, shown: str) -> None:
     assert escape_unprintable(text) == shown
 
 
 @given(st.text())
-def test_no_control_is_left(text: str) -> None:
+def test_no_control_character_remains(text: str) -> None:
     left = {char for char in escape_unprintable(text) if unicodedata.category(char) in ("Cc", "Cs")}
     assert left <= {"\t", "\n"}

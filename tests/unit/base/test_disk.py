@@ -16,42 +16,43 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Rust(Exception):
+class RustError(Exception):
     """As safetensors and tokenizers raise."""
 
 
-def chained(outer: Exception, cause: Exception, *, by: str = "cause") -> Exception:
+def caused(outer: Exception, cause: Exception, *, by: str = "cause") -> Exception:
     setattr(outer, f"__{by}__", cause)
     return outer
 
 
-def full(name=None):
+def full_disk(name=None):
     return OSError(errno.ENOSPC, "No space left on device", name)
 
 
 @pytest.mark.parametrize(
     ("error", "kind", "word"),
     [
-        (full("/tmp/x"), ConfigError, "the disk is full"),
+        (full_disk("/tmp/x"), ConfigError, "the disk is full"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), ConfigError, "the disk is full (Disk quota"),
         (OSError(errno.EROFS, "Read-only file system"), ConfigError, "cannot write: Read-only"),
         (OSError(errno.EIO, "Input/output error"), NodeError, "the disk failed"),
         (OSError(errno.ESTALE, "Stale file handle"), NodeError, "the disk failed: Stale"),
         (OSError(errno.EFBIG, "File too large"), ConfigError, "would be larger than the limit"),
-        (Rust("I/O error: File too large (os error 27)"), ConfigError, "(ulimit -f)"),
-        (Rust("Error while serializing: I/O error: No space left on device (os error 28)"),
+        (RustError("I/O error: File too large (os error 27)"), ConfigError, "(ulimit -f)"),
+        (RustError("Error while serializing: I/O error: No space left on device (os error 28)"),
          ConfigError, "the disk is full"),
-        (Rust("Read-only file system (os error 30)"), ConfigError, "cannot write"),
-        (Rust("Disk quota exceeded (os error 122)"), ConfigError, "the disk is full"),
-        (Rust("Input/output error (os error 5)"), NodeError, "the disk failed: Input/output error"),
+        (RustError("Read-only file system (os error 30)"), ConfigError, "cannot write"),
+        (RustError("Disk quota exceeded (os error 122)"), ConfigError, "the disk is full"),
+        (RustError("Input/output error (os error 5)"), NodeError,
+         "the disk failed: Input/output error"),
         (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left"),
          ConfigError, "the disk is full"),
-        (chained(RuntimeError("PytorchStreamWriter failed writing file data/0"), full(),
+        (caused(RuntimeError("PytorchStreamWriter failed writing file data/0"), full_disk(),
                  by="context"), ConfigError, "the disk is full"),
-        (chained(RuntimeError("could not save"), full()), ConfigError, "the disk is full"),
+        (caused(RuntimeError("could not save"), full_disk()), ConfigError, "the disk is full"),
     ],
 )  # fmt: skip
-def test_every_writer_gets_the_same_words(tmp_path, error, kind, word):
+def test_a_failure_of_every_writer_has_the_same_message(tmp_path, error, kind, word):
     told = disk.to_toolkit_error(error, tmp_path)
     assert type(told) is kind
     assert told.exit_code == {ConfigError: 1, NodeError: 3}[kind]
@@ -60,7 +61,7 @@ def test_every_writer_gets_the_same_words(tmp_path, error, kind, word):
     assert told.fix
 
 
-def test_a_writer_that_does_not_say_why_is_judged_by_what_is_free(tmp_path, monkeypatch):
+def test_a_writer_without_an_error_number_is_explained_by_the_free_space(tmp_path, monkeypatch):
     error = RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed")
     assert isinstance(disk.to_toolkit_error(error, tmp_path), NodeError)
     monkeypatch.setattr(disk, "free_bytes", lambda _: 1000)
@@ -73,18 +74,18 @@ def test_a_writer_that_does_not_say_why_is_judged_by_what_is_free(tmp_path, monk
     [
         KeyError("x"),
         RuntimeError("shapes do not match"),
-        Rust("Permission denied (os error 13)"),
-        chained(KeyError("x"), full(), by="context"),
+        RustError("Permission denied (os error 13)"),
+        caused(KeyError("x"), full_disk(), by="context"),
         OSError(errno.ENOENT, "No such file or directory"),
     ],
 )
-def test_what_is_no_disk_is_left_alone(tmp_path, error):
+def test_an_error_that_is_not_a_disk_failure_is_not_translated(tmp_path, error):
     assert disk.to_toolkit_error(error, tmp_path) is None
     assert disk.to_toolkit_error_without_path(error) is None
 
 
-def test_other_commands_tell_a_full_disk_too():
-    told = disk.to_toolkit_error_without_path(full("/proc/self/none"))
+def test_a_full_disk_is_recognised_without_a_path():
+    told = disk.to_toolkit_error_without_path(full_disk("/proc/self/none"))
     assert "the disk is full" in told.message
     assert "checkpoint" not in told.message
     assert disk.to_toolkit_error_without_path(OSError(errno.EACCES, "Permission denied")) is None

@@ -8,7 +8,7 @@ from toolkit.base import process_environment as environment
 from toolkit.base.errors import InputError
 
 
-def test_what_torchrun_says() -> None:
+def test_the_variables_of_torchrun_are_read() -> None:
     job = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5", "LOCAL_RANK": "1"}
     assert (environment.world_size(job), environment.local_world_size(job)) == (
         8,
@@ -19,13 +19,13 @@ def test_what_torchrun_says() -> None:
 
 
 @pytest.mark.parametrize("nothing", [{}, {"WORLD_SIZE": "", "RANK": ""}])
-def test_a_process_that_nothing_was_said_to_is_alone(nothing: dict[str, str]) -> None:
+def test_without_variables_the_world_size_is_1(nothing: dict[str, str]) -> None:
     assert environment.world_size(nothing) == environment.local_world_size(nothing) == 1
     assert environment.rank(nothing) == environment.local_rank(nothing) == 0
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-1", "1.5", "99999999"])
-def test_what_is_no_number_of_processes_is_refused(value: str) -> None:
+def test_an_invalid_number_of_processes_is_refused(value: str) -> None:
     for count in (environment.world_size, environment.local_world_size):
         with pytest.raises(InputError, match=f"WORLD_SIZE={value} must be a whole number"):
             count({"WORLD_SIZE": value})

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def weights_folder(tmp_path: Path) -> Path:
     """Two files of weights, another file, and a pipe that nobody writes to."""
     (tmp_path / "a.safetensors").write_bytes(b"a" * 3000)
     (tmp_path / "b.safetensors").write_bytes(b"b" * 1001)
@@ -25,26 +25,28 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_byte_of_the_weights_is_read_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    weights_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PIECE_BYTES", 700)
     monkeypatch.setattr(module, "BLOCK_BYTES", 700)
-    reading = read_ahead(folder, 1 << 30)
+    reading = read_ahead(weights_folder, 1 << 30)
     assert reading is not None
     reading.wait()
     assert reading.bytes_read >= 4001
-    assert read_ahead(folder, 1 << 30) is None  # a second time is for nothing
+    assert read_ahead(weights_folder, 1 << 30) is None  # a second time is for nothing
 
 
-def test_what_does_not_fit_or_is_not_there_is_left_alone(folder: Path, tmp_path: Path) -> None:
-    assert read_ahead(folder, 5000) is None
+def test_a_folder_that_does_not_fit_or_does_not_exist_is_not_read(
+    weights_folder: Path, tmp_path: Path
+) -> None:
+    assert read_ahead(weights_folder, 5000) is None
     assert read_ahead(tmp_path / "nothing", 1 << 30) is None
     assert read_ahead("org/model", 1 << 30) is None
 
 
-def test_a_file_that_goes_away_is_not_told_here(folder: Path) -> None:
-    reading = module.ReadAhead([folder / "a.safetensors"])
-    (folder / "a.safetensors").unlink()
+def test_a_file_that_disappears_causes_no_error(weights_folder: Path) -> None:
+    reading = module.ReadAhead([weights_folder / "a.safetensors"])
+    (weights_folder / "a.safetensors").unlink()
     reading.start()
     reading.wait()
     assert reading.bytes_read == 0

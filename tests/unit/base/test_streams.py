@@ -36,7 +36,7 @@ sys.exit(75)
         (">/dev/null", "said\n"),
     ],
 )
-def test_a_process_outlives_its_streams(tmp_path, streams, told):
+def test_a_process_continues_without_its_streams(tmp_path, streams, told):
     mark = tmp_path / "mark"
     code = 'set -o pipefail; "$0" -c "$1" "$2" ' + streams
     shown = subprocess.run(
@@ -52,7 +52,7 @@ def test_a_process_outlives_its_streams(tmp_path, streams, told):
     assert mark.read_text() == "done"
 
 
-def test_a_process_that_is_started_has_the_streams_that_were_missing(tmp_path):
+def test_a_child_process_inherits_the_reopened_streams(tmp_path):
     """The process of the rewards, and of whatever they start."""
     inner = "import sys; print('said'); print('said', file=sys.stderr)"
     script = (

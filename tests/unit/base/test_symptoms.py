@@ -125,7 +125,7 @@ PASTED = [
 
 
 @pytest.mark.parametrize(("text", "symptom", "code"), PASTED, ids=lambda value: str(value)[:30])
-def test_each_text_is_recognised_alone(text: str, symptom: str, code: int) -> None:
+def test_each_text_is_recognised(text: str, symptom: str, code: int) -> None:
     found = find_symptoms(f"Traceback (most recent call last):\n  ...\n{text}\n")
     assert [(one.id, one.exit_code) for one in found] == [(symptom, code)]
 
@@ -134,11 +134,11 @@ RED, CYAN, PLAIN = "\x1b[31m", "\x1b[1;36m", "\x1b[0m"
 LOGGED = "(EngineCore_DP0 pid=1234) ERROR 11-24 12:10:28 [core.py:708] "
 DECORATED = {
     "colours": lambda lines: [RED + line.replace(" ", f" {CYAN}", 3) + PLAIN for line in lines],
-    "vLLM's log, wrapped": lambda lines: [LOGGED + part for part in wrapped(lines, 60)],
+    "vLLM's log, wrapped": lambda lines: [LOGGED + part for part in wrap_lines(lines, 60)],
     "torchrun": lambda lines: [f"[rank3]: {line}" for line in lines],
     "docker compose": lambda lines: [f"train-1  | {line}" for line in lines],
     "kubectl": lambda lines: [f"2026-11-24T12:00:00.123456789Z {line}" for line in lines],
-    "a frame": lambda lines: [f"│ {part:<76} │" for part in wrapped(lines, 76)],
+    "a frame": lambda lines: [f"│ {part:<76} │" for part in wrap_lines(lines, 76)],
     "a quotation": lambda lines: [f"> {line}" for line in lines],
     "cut at 40": lambda lines: [
         line[at : at + 40] for line in lines for at in range(0, len(line), 40)
@@ -147,18 +147,18 @@ DECORATED = {
 }
 
 
-def wrapped(lines: list[str], width: int) -> list[str]:
+def wrap_lines(lines: list[str], width: int) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, width)]
 
 
 @pytest.mark.parametrize("how", DECORATED)
-def test_each_text_is_recognised_as_it_is_pasted(how: str) -> None:
+def test_each_text_is_recognised_in_a_pasted_log(how: str) -> None:
     for text, symptom, code in PASTED:
         found = find_symptoms("\n".join(DECORATED[how](text.split("\n"))))
         assert [(one.id, one.exit_code) for one in found] == [(symptom, code)], text
 
 
-def test_every_symptom_says_what_to_do() -> None:
+def test_every_symptom_has_a_remedy() -> None:
     assert all(one.exit_code in EXIT_CODES and one.exit_code for one in SYMPTOMS)
     assert all(one.remedy and one.check and one.title for one in SYMPTOMS)
 
@@ -173,11 +173,11 @@ def test_every_symptom_says_what_to_do() -> None:
         "LoRA rank 16 is fine",
     ],
 )
-def test_other_texts_are_not_taken_for_one(text: str) -> None:
+def test_other_texts_match_no_symptom(text: str) -> None:
     assert find_symptoms(text) == []
 
 
-def test_a_chain_of_two_failures_names_both() -> None:
+def test_two_failures_in_one_log_are_both_found() -> None:
     first, then = (
         next(text for text, symptom, _ in PASTED if symptom == wanted)
         for wanted in ("no-cache-blocks", "lora-rank")
@@ -188,7 +188,7 @@ def test_a_chain_of_two_failures_names_both() -> None:
     assert [one.id for one in found] == ["no-cache-blocks", "lora-rank"]
 
 
-def test_a_huge_log_is_read_in_bounded_time() -> None:
+def test_a_huge_log_is_searched_in_bounded_time() -> None:
     log = "capture_model Free memory on device max_lora_rank out of memory " * 200_000
     start = time.perf_counter()
     find_symptoms(log)

@@ -30,7 +30,9 @@ TEXTS = [
 @pytest.mark.parametrize(
     ("symptom", "code", "check", "remedy", "text"), TEXTS, ids=lambda value: str(value)[:24]
 )
-def test_a_text_of_upstream(symptom: str, code: int, check: str, remedy: str, text: str) -> None:
+def test_an_upstream_text_is_explained(
+    symptom: str, code: int, check: str, remedy: str, text: str
+) -> None:
     found = find_symptoms(f"Traceback (most recent call last):\n  ...\n{text}\n")
     assert [one.id for one in found][:1] == [symptom], found
     assert (found[0].exit_code, found[0].check.split(", ")[0]) == (code, check)
@@ -65,14 +67,14 @@ def test_a_log_of_20_megabytes_is_explained_in_under_a_second(at: int) -> None:
     assert [one.id for one in found] == [TEXTS[0][0]]
 
 
-def test_a_long_log_keeps_every_text() -> None:
+def test_a_condensed_log_keeps_every_text() -> None:
     filler = "".join(f"step {n}: reward 0.{n}\n" for n in range(3000))
     for symptom, *_, text in TEXTS:
         log = filler + text.replace("\n", "\r\n") + "\r\n" + filler
         assert symptom in {one.id for one in find_symptoms(condense(log, 4000))}, text
 
 
-def test_two_ranks_that_write_at_once_are_read_apart() -> None:
+def test_the_mixed_output_of_two_ranks_is_separated() -> None:
     text = next(row[-1] for row in TEXTS if row[0] == "graph-capture").split("\n")
     other = ["  File 'a.py'", "waiting", "waiting"]
     log = "\n".join(
@@ -83,7 +85,7 @@ def test_two_ranks_that_write_at_once_are_read_apart() -> None:
     assert [one.id for one in find_symptoms(log)] == ["graph-capture"]
 
 
-def test_an_unknown_text_is_5_with_the_nearest() -> None:
+def test_an_unknown_text_exits_with_5_and_lists_similar_symptoms() -> None:
     text = "RuntimeError: the NVIDIA driver of your system is much too old (version 11040)"
     assert find_symptoms(text) == []
     assert "driver-too-old" in [one.id for one in similar_symptoms(text)]
@@ -94,7 +96,7 @@ def test_an_unknown_text_is_5_with_the_nearest() -> None:
     assert similar_symptoms("all is well") == []
 
 
-def test_a_command_explains_the_same_error_in_the_same_words(
+def test_a_command_and_explain_print_the_same_remedy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kinds = {1: ConfigError, 3: NodeError, 4: RetryError, 5: UnestablishedError}
@@ -114,7 +116,7 @@ def test_a_command_explains_the_same_error_in_the_same_words(
     assert find_symptoms(text)[0].title in capsys.readouterr().err
 
 
-def test_an_error_that_follows_another_one_counts_only_alone() -> None:
+def test_a_consequence_is_reported_only_without_another_symptom() -> None:
     """Its own text names no cause, so the cause of the same log is what counts."""
     ended = [text for symptom, *_, text in TEXTS if symptom in CONSEQUENCES]
     cause = next(text for symptom, *_, text in TEXTS if symptom == "no-kernel-image")

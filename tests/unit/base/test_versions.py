@@ -28,7 +28,7 @@ from toolkit.base.versions import as_version, satisfies
         ("nonsense", ">=1", False),
     ],
 )
-def test_requirements_as_our_metadata_writes_them(
+def test_the_requirements_of_the_metadata_are_understood(
     installed: str, requirement: str, holds: bool
 ) -> None:
     assert satisfies(installed, requirement) is holds

@@ -15,7 +15,7 @@ from toolkit.train.bench.arm_settings import ARMS
 from toolkit.train.bench.shapes import SHAPES
 
 
-def test_help_offers_what_there_is_and_stays_light() -> None:
+def test_help_lists_the_choices_and_imports_no_torch() -> None:
     code = (
         "import sys; from toolkit.cli.train import cli;"
         "cli(['bench', '--help'], standalone_mode=False);"
@@ -27,7 +27,7 @@ def test_help_offers_what_there_is_and_stays_light() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_an_arm_that_there_is_not_is_a_usage_error() -> None:
+def test_an_unknown_arm_is_a_usage_error() -> None:
     outcome = CliRunner().invoke(bench, ["--arms", "ours,theirs"])
     assert outcome.exit_code == 2
     assert "unknown arm theirs" in outcome.output

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pytest
 
 
-def test_a_table_aligns_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_aligned_and_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     text = render.format_table(
         ["a", "name"], [["1", "word " * 20 + "x" * 100], ["22", ""]], right=[0]
@@ -24,7 +24,7 @@ def test_a_table_aligns_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[-1] == "22"
 
 
-def test_no_colour_in_a_pipe_and_none_under_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_colours_in_a_pipe_or_with_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     assert render.styled("x", "red", bold=True) == "x"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -38,7 +38,7 @@ def test_a_narrow_terminal_still_gets_eighty_columns(monkeypatch: pytest.MonkeyP
     assert render.terminal_width() == 80
 
 
-def test_paragraphs_hang() -> None:
+def test_the_lines_of_a_paragraph_are_indented() -> None:
     text = render.wrap_text("word " * 60, first="fix: ", indent="     ")
     first, *rest = text.splitlines()
     assert first.startswith("fix: word")

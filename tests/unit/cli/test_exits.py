@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def ended(error: Exception, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def exit_code_and_stderr(error: Exception, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The exit code and what is printed where a command raises ``error``."""
     with pytest.raises(SystemExit) as end, report_errors():
         raise error
@@ -25,27 +25,27 @@ def ended(error: Exception, capsys: pytest.CaptureFixture[str]) -> tuple[int, st
 
 
 @pytest.fixture(autouse=True)
-def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_run_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(defect.RunContext, "folder", None)
     monkeypatch.setattr(defect.RunContext, "run", None)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), DefectError("cannot be")])
-def test_without_a_run_folder_the_report_is_in_the_current_one(
+def test_without_a_run_folder_the_report_is_in_the_current_folder(
     error, tmp_path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, told = ended(error, capsys)
+    code, told = exit_code_and_stderr(error, capsys)
     (report,) = tmp_path.glob("toolkit-defect-*.txt")
     assert code == 70
     assert f"this is a defect of the toolkit; the report is in {report}" in told
     text = report.read_text()
     assert f"{type(error).__name__}: {error}" in text
     assert "no run was loaded" in text
-    assert stat.S_IMODE(report.stat().st_mode) == 0o644 & ~_umask()
+    assert stat.S_IMODE(report.stat().st_mode) == 0o644 & ~current_umask()
 
 
-def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path, monkeypatch, capsys) -> None:
+def test_a_folder_that_is_not_writable_is_skipped(tmp_path, monkeypatch, capsys) -> None:
     """A folder that is gone stands for one that may not be written: root may write anywhere."""
     gone, there = tmp_path / "gone", tmp_path / "there"
     gone.mkdir()
@@ -53,19 +53,19 @@ def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path, monkeypatch, c
     monkeypatch.chdir(gone)
     gone.rmdir()
     monkeypatch.setattr(tempfile, "tempdir", str(there))
-    _, told = ended(KeyError("x"), capsys)
+    _, told = exit_code_and_stderr(KeyError("x"), capsys)
     (report,) = there.glob("toolkit-defect-*.txt")
     assert str(report) in told
     there_too = tmp_path / "nowhere"
     monkeypatch.setattr(tempfile, "tempdir", str(there_too))
-    code, told = ended(KeyError("x"), capsys)
+    code, told = exit_code_and_stderr(KeyError("x"), capsys)
     assert code == 70
     assert "run again with --debug and attach the output" in told
 
 
-def test_what_is_not_a_defect_leaves_no_report(tmp_path, monkeypatch, capsys) -> None:
+def test_an_error_that_is_not_a_defect_writes_no_report(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    code, told = ended(ConfigError("is wrong", fix="mend it"), capsys)
+    code, told = exit_code_and_stderr(ConfigError("is wrong", fix="mend it"), capsys)
     assert (code, told) == (1, "error: is wrong\n  fix: mend it\n")
     assert os.listdir(tmp_path) == []
 
@@ -80,7 +80,7 @@ def test_a_run_that_cannot_be_described_does_not_hide_the_report(tmp_path) -> No
     assert "KeyError: 'first'" in text
 
 
-def test_a_secret_key_and_the_home_folder_are_taken_out(tmp_path: Path, monkeypatch) -> None:
+def test_secrets_and_the_home_folder_are_removed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     defect.set_run_context(tmp_path, lambda: {"grpo": {"hub_token": "abc", "beta": 0.1}})
     text = defect.report_text(OSError("cannot read /home/somebody/data"))
@@ -90,16 +90,16 @@ def test_a_secret_key_and_the_home_folder_are_taken_out(tmp_path: Path, monkeypa
     assert "~/data" in text
 
 
-def _umask() -> int:
+def current_umask() -> int:
     old = os.umask(0)
     os.umask(old)
     return old
 
 
-def test_a_command_that_is_no_utf_8_has_a_report(tmp_path, monkeypatch, capsys) -> None:
+def test_a_command_that_is_not_utf_8_has_a_report(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["toolkit", "\udcff"])
-    code, _ = ended(KeyError("x"), capsys)
+    code, _ = exit_code_and_stderr(KeyError("x"), capsys)
     (report,) = tmp_path.glob("toolkit-defect-*.txt")
     assert code == 70
     assert "\\udcff" in report.read_text()

@@ -18,6 +18,8 @@ class Terminal(StringIO):
 @pytest.mark.parametrize(
     ("stream", "expected"), [(Terminal, "[U+001B]]0;x"), (StringIO, "\x1b]0;x")]
 )
-def test_shown(monkeypatch: pytest.MonkeyPatch, stream, expected: str) -> None:
+def test_control_characters_are_escaped_only_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, stream, expected: str
+) -> None:
     monkeypatch.setattr(sys, "stdout", stream())
     assert printable("\x1b]0;x") == expected

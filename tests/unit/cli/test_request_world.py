@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_whole_groups_over_all_processes_are_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groups_may_span_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     run = {
         "model": {"model_name": "m"},
@@ -33,7 +31,7 @@ def test_whole_groups_over_all_processes_are_whole(
     assert run.grpo["num_generations"] == 8
 
 
-def test_requirements_in_their_forms() -> None:
+def test_every_form_of_a_requirement_is_parsed() -> None:
     """A second part of a compute capability may be left out; a driver's version has any number."""
     values = request.parse_requirements(["cc>=9", "free >= 1.5 GiB", "driver>=580.65.06", "2"])
     assert values == {

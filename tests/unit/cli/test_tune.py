@@ -31,7 +31,7 @@ LLAMA = {
 }
 
 
-def test_the_shapes_are_those_of_the_fused_layers() -> None:
+def test_the_shapes_of_the_fused_layers_are_tuned() -> None:
     assert fused_shapes(spec_from_values(LLAMA, name="any")) == {
         ((4096, 1024, 1024), 4096),  # q, k, v
         ((4096,), 4096),  # o
@@ -50,7 +50,7 @@ def test_without_vllm_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         )
 
 
-def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         CliRunner().invoke(
             tune, [str(tmp_path / "no"), "--out", str(tmp_path / "t")], catch_exceptions=False

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
 
-def snapshot_of(name: str) -> NodeSnapshot:
+def recorded_snapshot(name: str) -> NodeSnapshot:
     return node_from_json(cases.load(name).node)
 
 
-def verdict(snapshot: NodeSnapshot, check: str, context: CheckContext | None = None) -> CheckResult:
+def run_check(
+    snapshot: NodeSnapshot, check: str, context: CheckContext | None = None
+) -> CheckResult:
     (result,) = run_checks(snapshot, context, only=[check])
     return result

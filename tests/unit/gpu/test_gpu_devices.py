@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
 
-def node(name: str, **environment: str) -> NodeSnapshot:
+def recorded_node(name: str, **environment: str) -> NodeSnapshot:
     return replace(node_from_json(cases.load(name).node), environment=environment)
 
 
@@ -43,30 +43,39 @@ def node(name: str, **environment: str) -> NodeSnapshot:
     ],
 )
 def test_visible_devices(value: str, expected: list[int], stops: bool) -> None:
-    seen = visible_devices(node("h100x8-healthy", CUDA_VISIBLE_DEVICES=value))
+    seen = visible_devices(recorded_node("h100x8-healthy", CUDA_VISIBLE_DEVICES=value))
     assert [gpu.index for gpu in seen.devices] == expected
     assert bool(seen.problem) is stops
 
 
 @given(st.text(alphabet="0123456789,- GPUMIgpumi/ab", max_size=40))
-def test_any_text_gives_distinct_cards_or_a_reason(value: str) -> None:
-    seen = visible_devices(node("h100x8-healthy", CUDA_VISIBLE_DEVICES=value))
+def test_any_setting_gives_distinct_cards_or_a_reason(value: str) -> None:
+    seen = visible_devices(recorded_node("h100x8-healthy", CUDA_VISIBLE_DEVICES=value))
     indices = [gpu.index for gpu in seen.devices]
     assert len(set(indices)) == len(indices) <= 8
     assert indices or seen.problem
 
 
 def test_lost_cards_are_not_counted_by_cuda() -> None:
-    snapshot = node("h100x8-lost")
+    snapshot = recorded_node("h100x8-lost")
     assert [gpu.index for gpu in cuda_order(snapshot)] == [0, 1, 2, 3, 4, 6, 7]
     chosen = select_device(snapshot, 5)
     assert chosen is not None
     assert chosen.index == 6
 
 
-def test_equal_cards_keep_the_bus_and_unequal_ones_are_sorted_by_speed() -> None:
-    assert [gpu.index for gpu in cuda_order(node("mixed-cards"))] == [1, 2, 3, 4, 5, 6, 7, 0]
-    by_bus = node("mixed-cards", CUDA_DEVICE_ORDER="PCI_BUS_ID")
+def test_equal_cards_keep_the_bus_order_and_different_cards_are_sorted_by_speed() -> None:
+    assert [gpu.index for gpu in cuda_order(recorded_node("mixed-cards"))] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        0,
+    ]
+    by_bus = recorded_node("mixed-cards", CUDA_DEVICE_ORDER="PCI_BUS_ID")
     assert [gpu.index for gpu in cuda_order(by_bus)] == list(range(8))
 
 
@@ -80,8 +89,10 @@ def test_equal_cards_keep_the_bus_and_unequal_ones_are_sorted_by_speed() -> None
         ("MIG-GPU-00000010-5a3c-41d7-9e0b-00000001eefb/5/0", 1),
     ],
 )
-def test_a_slice_stands_for_its_card(value: str | None, index: int) -> None:
-    snapshot = node("h200-mig", **({} if value is None else {"CUDA_VISIBLE_DEVICES": value}))
+def test_a_slice_can_be_selected_by_its_names(value: str | None, index: int) -> None:
+    snapshot = recorded_node(
+        "h200-mig", **({} if value is None else {"CUDA_VISIBLE_DEVICES": value})
+    )
     part = select_device(snapshot)
     assert part is not None
     assert (part.parent, part.index) == (0, index)
@@ -91,23 +102,23 @@ def test_a_slice_stands_for_its_card(value: str | None, index: int) -> None:
     assert parent_card(snapshot, part).total_bytes == 143771 << 20
 
 
-def test_select_without_a_gpu_and_beyond_the_last() -> None:
-    assert select_device(node("cpu")) is None
-    assert select_device(node("cpu"), 3) is None
-    hidden = node("h100x8-healthy", CUDA_VISIBLE_DEVICES="")
+def test_selecting_without_a_gpu_and_beyond_the_last_gpu() -> None:
+    assert select_device(recorded_node("cpu")) is None
+    assert select_device(recorded_node("cpu"), 3) is None
+    hidden = recorded_node("h100x8-healthy", CUDA_VISIBLE_DEVICES="")
     assert select_device(hidden) is None
     assert select_device(hidden, 0) is None
     with pytest.raises(ConfigError, match="CUDA sees 2 on this node"):
-        select_device(node("h100x8-healthy", CUDA_VISIBLE_DEVICES="4,5"), 2)
+        select_device(recorded_node("h100x8-healthy", CUDA_VISIBLE_DEVICES="4,5"), 2)
 
 
-def test_integrated_memory_is_the_hosts() -> None:
-    snapshot = node("gb10")
+def test_integrated_memory_is_the_memory_of_the_host() -> None:
+    snapshot = recorded_node("gb10")
     memory = cuda_memory(snapshot, snapshot.gpus[0])
     assert memory is not None
     assert memory.integrated
     assert memory.free_bytes == 118566368 * 1024
-    failed = node("h200-memory-failed")
+    failed = recorded_node("h200-memory-failed")
     assert cuda_memory(failed, failed.gpus[0]) is None
 
 
@@ -125,7 +136,9 @@ def test_integrated_memory_is_the_hosts() -> None:
         ("a30:1g.6gb", 5949, (8, 0)),
     ],
 )
-def test_cards_by_any_usual_name(name: str, mib: int, capability: tuple[int, int]) -> None:
+def test_a_card_is_found_by_any_usual_name(
+    name: str, mib: int, capability: tuple[int, int]
+) -> None:
     card = cards.find_card(name)
     assert card.total_bytes == mib << 20
     assert card.compute_capability == capability
@@ -135,7 +148,7 @@ def test_cards_by_any_usual_name(name: str, mib: int, capability: tuple[int, int
     ("name", "hint"),
     [("h20o", "h200"), ("a100:9g.1gb", "3g.40gb"), ("t4:1g.5gb", "no MIG"), ("", "known cards")],
 )
-def test_an_unknown_card_names_the_near_ones(name: str, hint: str) -> None:
+def test_an_unknown_card_suggests_similar_ones(name: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         cards.find_card(name)
     assert hint in str(caught.value)

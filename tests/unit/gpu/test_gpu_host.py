@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 
 
-def put(root: Path, files: dict[str, str]) -> None:
+def write_files(root: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
-def test_version_2_limits_bind_from_every_parent(tmp_path: Path) -> None:
-    put(
+def test_the_limits_of_every_parent_group_apply_in_version_2(tmp_path: Path) -> None:
+    write_files(
         tmp_path,
         {
             "proc/self/cgroup": "0::/slurm/job_7/step_0\n",
@@ -48,8 +48,8 @@ def test_version_2_limits_bind_from_every_parent(tmp_path: Path) -> None:
     }
 
 
-def test_version_1_and_its_way_to_say_no_limit(tmp_path: Path) -> None:
-    put(
+def test_the_largest_number_means_no_limit_in_version_1(tmp_path: Path) -> None:
+    write_files(
         tmp_path,
         {
             "proc/self/cgroup": "4:memory:/docker/abc\n1:cpu,cpuacct:/docker/abc\n",
@@ -67,12 +67,14 @@ def test_version_1_and_its_way_to_say_no_limit(tmp_path: Path) -> None:
         "memory_used": 4096,
         "cpu_limit": None,
     }
-    put(tmp_path, {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"})
+    write_files(tmp_path, {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"})
     assert read_cgroup(tmp_path)["memory_limit"] is None
 
 
-def test_a_hostile_group_path_stays_inside(tmp_path: Path) -> None:
-    put(tmp_path, {"proc/self/cgroup": "0::/../../etc\n", "sys/fs/cgroup/cgroup.controllers": ""})
+def test_a_group_path_cannot_leave_the_cgroup_folder(tmp_path: Path) -> None:
+    write_files(
+        tmp_path, {"proc/self/cgroup": "0::/../../etc\n", "sys/fs/cgroup/cgroup.controllers": ""}
+    )
     assert read_cgroup(tmp_path)["memory_limit"] is None
 
 
@@ -90,13 +92,13 @@ def test_a_hostile_group_path_stays_inside(tmp_path: Path) -> None:
     ],
 )
 def test_the_kernel_modules_version(text: str, version: str, tmp_path: Path) -> None:
-    put(tmp_path, {"proc/driver/nvidia/version": text})
+    write_files(tmp_path, {"proc/driver/nvidia/version": text})
     assert driver_files.kernel_module(tmp_path) == version
 
 
 def test_the_first_libcuda_on_the_loaders_path_wins(tmp_path: Path) -> None:
     real, image = "usr/lib/x86_64-linux-gnu", "usr/local/cuda/compat"
-    put(
+    write_files(
         tmp_path,
         {f"{real}/libcuda.so.580.159.04": "", f"{image}/libcuda.so.590.44.01": ""},
     )
@@ -115,14 +117,16 @@ def test_the_first_libcuda_on_the_loaders_path_wins(tmp_path: Path) -> None:
 
 def test_libnuma_is_found_where_the_loader_looks(tmp_path: Path) -> None:
     assert software.find_libnuma({}, tmp_path) is None
-    put(tmp_path, {"opt/lib/libnuma.so.1": "", "etc/ld.so.cache": "/opt/lib/libnuma.so.1\0"})
+    write_files(
+        tmp_path, {"opt/lib/libnuma.so.1": "", "etc/ld.so.cache": "/opt/lib/libnuma.so.1\0"}
+    )
     assert software.find_libnuma({}, tmp_path) == "/opt/lib/libnuma.so.1"
-    put(tmp_path, {"usr/mine/libnuma.so.1": ""})
+    write_files(tmp_path, {"usr/mine/libnuma.so.1": ""})
     found = software.find_libnuma({"LD_LIBRARY_PATH": "/usr/mine"}, tmp_path)
     assert found == "/usr/mine/libnuma.so.1"
 
 
-def test_a_loop_of_links_is_no_libcuda(tmp_path: Path) -> None:
+def test_a_loop_of_links_is_not_a_libcuda(tmp_path: Path) -> None:
     folder = tmp_path / "usr/lib64"
     folder.mkdir(parents=True)
     (folder / "libcuda.so.1").symlink_to("libcuda.so.1")
@@ -134,12 +138,12 @@ def test_cards_on_the_pci_bus(tmp_path: Path) -> None:
         [("0x10de", "0x030200"), ("0x10de", "0x040300"), ("0x8086", "0x030000")]
     ):
         folder = f"sys/bus/pci/devices/0000:0{number}:00.0"
-        put(tmp_path, {f"{folder}/vendor": vendor, f"{folder}/class": kind})
+        write_files(tmp_path, {f"{folder}/vendor": vendor, f"{folder}/class": kind})
     assert driver_files.pci_gpus(tmp_path) == 1
 
 
-def test_xids_are_read_from_a_log_file_where_the_ring_buffer_is_closed(tmp_path: Path) -> None:
-    put(
+def test_xids_are_read_from_a_log_file_if_the_ring_buffer_is_not_readable(tmp_path: Path) -> None:
+    write_files(
         tmp_path,
         {
             "var/log/kern.log": "boot\n"
@@ -165,7 +169,7 @@ def test_only_variables_that_checks_read_are_kept() -> None:
     assert not [name for name in host.RECORDED_VARIABLES if "TOKEN" in name or "KEY" in name]
 
 
-def test_a_folder_that_is_not_there_yet_stands_for_its_parent(tmp_path: Path) -> None:
+def test_a_missing_folder_is_replaced_by_its_nearest_parent(tmp_path: Path) -> None:
     found = host.disk_facts("output_dir", tmp_path / "runs" / "deep" / "run")
     assert found["writable"]
     assert found["free"] > 0
@@ -182,15 +186,17 @@ def test_a_folder_that_is_not_there_yet_stands_for_its_parent(tmp_path: Path) ->
         ({"container": "systemd-nspawn"}, {}, "systemd-nspawn"),
     ],
 )
-def test_the_place(
+def test_the_container_engine_is_detected(
     environ: dict[str, str], files: dict[str, str], container: str | None, tmp_path: Path
 ) -> None:
-    put(tmp_path, {**files, "proc/sys/kernel/osrelease": "6.6.87.2-microsoft-standard-WSL2"})
+    write_files(
+        tmp_path, {**files, "proc/sys/kernel/osrelease": "6.6.87.2-microsoft-standard-WSL2"}
+    )
     found = host.detect_environment({**environ, "SLURM_JOB_ID": "7"}, tmp_path)
     assert found == {"container": container, "kubernetes": False, "slurm": True, "wsl": True}
 
 
-def test_reading_this_host_answers_everything_and_writes_nothing(tmp_path: Path) -> None:
+def test_reading_this_host_fills_every_field_and_writes_nothing(tmp_path: Path) -> None:
     before = sorted(os.listdir(tmp_path))
     found = host.read(dict(os.environ), {"output_dir": tmp_path})
     assert found.memory.has_value

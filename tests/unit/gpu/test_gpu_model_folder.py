@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
-def model(folder: Path, *, shards: int = 2, **config: Any) -> Path:
+def write_model(folder: Path, *, shards: int = 2, **config: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     (folder / "tokenizer.json").write_text("{}")
@@ -32,14 +32,14 @@ def model(folder: Path, *, shards: int = 2, **config: Any) -> Path:
     return folder
 
 
-def judge(folder: Path, **context: Any) -> dict[str, CheckResult]:
+def check_model(folder: Path, **context: Any) -> dict[str, CheckResult]:
     snapshot = NodeSnapshot(model=read(str(folder), environ={}))
     asked = CheckContext(configured=True, model=str(folder), **context)
     return {result.id: result for result in run_checks(snapshot, asked, only=["model"])}
 
 
 def test_a_complete_model_passes(tmp_path: Path) -> None:
-    found = judge(model(tmp_path), sizer_model_types=("llama",))
+    found = check_model(write_model(tmp_path), sizer_model_types=("llama",))
     assert {name: result.verdict for name, result in found.items()} == {
         "model.location": "ok",
         "model.weights": "ok",
@@ -51,18 +51,18 @@ def test_a_complete_model_passes(tmp_path: Path) -> None:
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    (model(tmp_path) / "model-00002-of-00002.safetensors").unlink()
-    result = judge(tmp_path)["model.weights"]
+    (write_model(tmp_path) / "model-00002-of-00002.safetensors").unlink()
+    result = check_model(tmp_path)["model.weights"]
     assert (result.verdict, result.blame) == ("fail", "user")
     assert "model-00002-of-00002.safetensors" in result.evidence
 
 
-def test_links_to_nothing_and_loops_are_named(tmp_path: Path) -> None:
-    folder = model(tmp_path)
+def test_broken_links_and_loops_of_links_are_named(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
     (folder / "model-00001-of-00002.safetensors").unlink()
     (folder / "model-00001-of-00002.safetensors").symlink_to("../blobs/none")
     (folder / "loop").symlink_to("loop")
-    result = judge(folder)["model.weights"]
+    result = check_model(folder)["model.weights"]
     assert result.verdict == "fail"
     assert "loop, model-00001-of-00002.safetensors: broken links" in result.evidence
 
@@ -88,46 +88,46 @@ def test_links_to_nothing_and_loops_are_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_each_fault_is_a_finding(spoil: Any, check: str, text: str, tmp_path: Path) -> None:
-    folder = model(tmp_path)
+def test_each_fault_fails_its_check(spoil: Any, check: str, text: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
     spoil(folder)
-    result = judge(folder)[check]
+    result = check_model(folder)[check]
     assert result.verdict == "fail"
     assert text in result.evidence
     assert len(result.evidence) < 400
 
 
 def test_a_config_of_gigabytes_is_not_read(tmp_path: Path) -> None:
-    folder = model(tmp_path)
+    folder = write_model(tmp_path)
     with (folder / "config.json").open("wb") as file:
         file.truncate(MAX_JSON_BYTES + 1)
-    assert "the limit is" in judge(folder)["model.config"].evidence
+    assert "the limit is" in check_model(folder)["model.config"].evidence
 
 
-def test_a_folder_without_weights(tmp_path: Path) -> None:
-    folder = model(tmp_path, shards=0)
+def test_a_folder_without_weights_fails(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, shards=0)
     (folder / "model.safetensors.index.json").unlink()
-    assert "contains no weights" in judge(folder)["model.weights"].evidence
+    assert "contains no weights" in check_model(folder)["model.weights"].evidence
 
 
-def test_an_unknown_architecture(tmp_path: Path) -> None:
-    folder = model(tmp_path, architectures=["NobodyForCausalLM"], model_type="nobody")
-    assert judge(folder)["model.architecture"].verdict == "warn"
-    strict = judge(folder, engine="vllm")["model.architecture"]
+def test_an_unknown_architecture_fails(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, architectures=["NobodyForCausalLM"], model_type="nobody")
+    assert check_model(folder)["model.architecture"].verdict == "warn"
+    strict = check_model(folder, engine="vllm")["model.architecture"]
     assert (strict.verdict, strict.blame) == ("fail", "user")
     assert "NobodyForCausalLM" in strict.evidence
 
 
-def test_a_type_that_sizing_does_not_know_is_a_warning(tmp_path: Path) -> None:
-    result = judge(model(tmp_path), sizer_model_types=("qwen3",))["model.architecture"]
+def test_a_model_type_that_the_sizer_does_not_know_warns(tmp_path: Path) -> None:
+    result = check_model(write_model(tmp_path), sizer_model_types=("qwen3",))["model.architecture"]
     assert result.verdict == "warn"
     assert "the sizer supports llama only approximately" in result.evidence
 
 
-def test_the_hubs_cache(tmp_path: Path) -> None:
+def test_a_model_is_found_in_the_hub_cache(tmp_path: Path) -> None:
     base = tmp_path / "hub/models--org--name"
     commit = "0123456789abcdef0123456789abcdef01234567"
-    model(base / "snapshots" / commit)
+    write_model(base / "snapshots" / commit)
     environ = {"HF_HOME": str(tmp_path)}
     expected = {"kind": "cache", "path": str(base / "snapshots" / commit)}
     assert locate("org/name", commit, environ) == expected
@@ -142,8 +142,8 @@ def test_offline_and_not_in_the_cache_fails(tmp_path: Path) -> None:
         assert result.verdict == expected
 
 
-def test_a_path_that_is_not_there(tmp_path: Path) -> None:
-    (result,) = judge(tmp_path / "none" / "deep" / "er").values()
+def test_a_path_that_does_not_exist_fails(tmp_path: Path) -> None:
+    (result,) = check_model(tmp_path / "none" / "deep" / "er").values()
     assert (result.id, result.verdict) == ("model.location", "fail")
 
 
@@ -167,13 +167,13 @@ _JSON = st.recursive(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(config=_JSON | st.binary(max_size=60), index=_JSON | st.binary(max_size=60))
-def test_any_content_gives_findings_and_no_exception(
+def test_any_content_gives_results_and_no_exception(
     config: Any, index: Any, tmp_path: Path
 ) -> None:
-    folder = model(tmp_path / "m")
+    folder = write_model(tmp_path / "m")
     for name, content in (("config.json", config), ("model.safetensors.index.json", index)):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         (folder / name).write_bytes(data)
-    found = judge(folder)
+    found = check_model(folder)
     assert all(len(result.evidence) < 2000 for result in found.values())
     assert found["model.location"].verdict == "ok"

@@ -17,7 +17,7 @@ from toolkit.gpu.reading import succeeded
 from toolkit.gpu.snapshot import take_snapshot
 
 
-def test_every_query_of_a_healthy_card_comes_back_as_recorded(pynvml_library: Any) -> None:
+def test_every_query_of_a_healthy_card_returns_the_recorded_value(pynvml_library: Any) -> None:
     node = cases.base("h200")
     fake_nvml.install(node)
     (row, slices), *_ = nvml.read().gpus
@@ -28,7 +28,7 @@ def test_every_query_of_a_healthy_card_comes_back_as_recorded(pynvml_library: An
     }
 
 
-def test_a_lost_card_spoils_its_own_row(pynvml_library: Any) -> None:
+def test_a_lost_card_affects_only_its_own_readings(pynvml_library: Any) -> None:
     fake_nvml.install(cases.load("h100x8-lost").node)
     snapshot = take_snapshot()
     assert [gpu.lost for gpu in snapshot.gpus] == [False] * 5 + [True] + [False] * 2
@@ -36,7 +36,7 @@ def test_a_lost_card_spoils_its_own_row(pynvml_library: Any) -> None:
     assert snapshot.gpus[6].total_bytes == 81559 << 20
 
 
-def test_unsupported_and_failed_are_told_apart(pynvml_library: Any) -> None:
+def test_unsupported_and_failed_queries_are_distinguished(pynvml_library: Any) -> None:
     node = cases.load("a100-unknown-errors").node
     fake_nvml.install(node)
     gpu = take_snapshot().gpus[0]
@@ -47,7 +47,7 @@ def test_unsupported_and_failed_are_told_apart(pynvml_library: Any) -> None:
 
 
 @pytest.mark.parametrize("code", range(1, 31))
-def test_every_error_code_of_the_start_is_an_answer(code: int, pynvml_library: Any) -> None:
+def test_every_error_code_of_the_start_is_a_reading(code: int, pynvml_library: Any) -> None:
     node = cases.base("h200")
     node["driver"]["nvml"] = {"failed": "whatever", "code": code}
     fake_nvml.install(node)
@@ -57,7 +57,7 @@ def test_every_error_code_of_the_start_is_an_answer(code: int, pynvml_library: A
     assert answers.start.code == code
 
 
-def test_a_driver_that_hangs_is_an_answer_too(pynvml_library: Any) -> None:
+def test_a_driver_that_hangs_is_a_failed_reading(pynvml_library: Any) -> None:
     fake_nvml.install(cases.base("h200"), {"hang_s": 1.5})
     start = time.perf_counter()
     answers = nvml.read(deadline_s=0.2)
@@ -67,7 +67,7 @@ def test_a_driver_that_hangs_is_an_answer_too(pynvml_library: Any) -> None:
     time.sleep(1.6)  # let the thread end before pynvml is put back
 
 
-def test_old_calls_serve_where_the_new_ones_are_missing(pynvml_library: Any) -> None:
+def test_old_calls_are_used_if_the_driver_lacks_the_new_ones(pynvml_library: Any) -> None:
     case = cases.load("h200-memory-v1")
     fake = fake_nvml.install(case.node, case.quirks)
     gpu = take_snapshot().gpus[0]
@@ -79,7 +79,7 @@ def test_old_calls_serve_where_the_new_ones_are_missing(pynvml_library: Any) -> 
     assert fake.calls["nvmlDeviceGetCurrentClocksThrottleReasons"] == 1
 
 
-def test_the_fabric_falls_back_over_three_versions(pynvml_library: Any) -> None:
+def test_the_fabric_query_falls_back_to_older_versions(pynvml_library: Any) -> None:
     node = cases.base("h100x8")
     node["gpus"][0]["fabric"]["value"]["health"] = None
     fake_nvml.install(node)
@@ -88,7 +88,7 @@ def test_the_fabric_falls_back_over_three_versions(pynvml_library: Any) -> None:
     assert second.fabric == succeeded({"state": 3, "status": 0, "health": 1})
 
 
-def test_nothing_is_set_and_every_start_is_ended(pynvml_library: Any) -> None:
+def test_no_setting_is_changed_and_every_init_has_a_shutdown(pynvml_library: Any) -> None:
     fake = fake_nvml.install(cases.base("h100x8"))
     take_snapshot()
     assert not [name for name in fake.calls if "Set" in name or "Clear" in name or "Reset" in name]
@@ -97,7 +97,7 @@ def test_nothing_is_set_and_every_start_is_ended(pynvml_library: Any) -> None:
     assert fake.calls["nvmlInitWithFlags"] == fake.calls["nvmlShutdown"] == 1
 
 
-def test_slices_are_rows_of_their_own(pynvml_library: Any) -> None:
+def test_slices_have_their_own_snapshots(pynvml_library: Any) -> None:
     fake_nvml.install(cases.load("h200-mig").node)
     (card,) = take_snapshot().gpus
     assert [part.label for part in card.slices] == ["GPU 0 MIG 0", "GPU 0 MIG 1"]
@@ -105,7 +105,7 @@ def test_slices_are_rows_of_their_own(pynvml_library: Any) -> None:
     assert card.slices[1].capability == (9, 0)
 
 
-def test_looking_at_a_node_loads_neither_libcuda_nor_torch() -> None:
+def test_reading_a_node_loads_neither_libcuda_nor_torch() -> None:
     program = """
 import sys
 from toolkit.gpu import checks, snapshot

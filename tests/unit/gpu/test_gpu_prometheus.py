@@ -10,7 +10,7 @@ from toolkit.gpu.prometheus import format_metrics
 from toolkit.gpu.snapshot_json import node_from_json
 
 
-def samples(name: str) -> dict[tuple[str, str], float]:
+def metric_samples(name: str) -> dict[tuple[str, str], float]:
     snapshot = node_from_json(cases.load(name).node)
     text = format_metrics(snapshot, run_checks(snapshot), 3)
     return {
@@ -21,8 +21,8 @@ def samples(name: str) -> dict[tuple[str, str], float]:
     }
 
 
-def test_a_lost_card_has_no_values_and_says_that_it_does_not_answer() -> None:
-    found = samples("h100x8-lost")
+def test_a_lost_card_has_no_values_and_gpu_answers_0() -> None:
+    found = metric_samples("h100x8-lost")
     assert found["envcheck_gpu_answers", "5"] == 0
     assert found["envcheck_gpu_answers", "4"] == 1
     assert ("envcheck_gpu_memory_free_bytes", "5") not in found
@@ -32,7 +32,7 @@ def test_a_lost_card_has_no_values_and_says_that_it_does_not_answer() -> None:
 
 
 def test_units_are_base_units() -> None:
-    found = samples("h200-healthy")
+    found = metric_samples("h200-healthy")
     assert found["envcheck_gpu_power_watts", "0"] == 76
     assert found["envcheck_gpu_utilization_ratio", "0"] == 0
     assert found["envcheck_gpu_fabric_state", "0"] == 0

@@ -22,7 +22,7 @@ NAMES = {"/home/anna": "~", "anna": "USER", "node7.example.org": "HOST", "node7"
 
 
 @pytest.mark.parametrize("name", cases.names())
-def test_a_recording_is_judged_as_its_node_was(name: str) -> None:
+def test_a_recording_gets_the_verdicts_of_its_node(name: str) -> None:
     snapshot = node_from_json(cases.load(name).node)
     context = CheckContext(required_gpus=1, engine="vllm")
     results = run_checks(snapshot, context)
@@ -35,13 +35,13 @@ def test_a_recording_is_judged_as_its_node_was(name: str) -> None:
     assert verdicts == {one.id: one.verdict for one in results}
 
 
-def test_a_recording_holds_to_the_schema() -> None:
+def test_a_recording_matches_the_schema() -> None:
     snapshot = node_from_json(cases.load("h100x8-lost").node)
     data = make_recording(snapshot, CheckContext(), run_checks(snapshot))
     assert check_instance(data, "report") == []
 
 
-def test_uuids_become_others_and_still_name_their_cards() -> None:
+def test_invented_uuids_still_select_their_cards() -> None:
     uuid = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"
     first, second, short, other = redact(
         [uuid, f"MIG-{uuid}/5/0", "GPU-8932f937-d7", uuid.replace("8932", "8933")], {}
@@ -58,7 +58,7 @@ def test_the_same_uuid_differs_between_recordings() -> None:
     assert redact(uuid, {}) != redact(uuid, {})
 
 
-def test_pids_names_users_and_hosts_go() -> None:
+def test_pids_names_users_and_hosts_are_removed() -> None:
     process = {"pid": 31337, "name": "anna_secret.py", "used_bytes": 5, "mine": False}
     data = {
         "processes": [process, {**process, "pid": 4242}, process],
@@ -89,25 +89,25 @@ def test_pids_names_users_and_hosts_go() -> None:
         {"kind": "record", "node": 3},
     ],
 )
-def test_what_is_no_recording_is_said_so(data: Any) -> None:
+def test_other_data_is_refused_as_a_recording(data: Any) -> None:
     with pytest.raises(InputError, match="not a recording"):
         parse_recording(data)
 
 
-def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     if not isinstance(value, dict | list):
         return [path]
     parts = value.items() if isinstance(value, dict) else enumerate(value)
-    return [path, *(found for key, part in parts for found in _paths(part, (*path, key)))]
+    return [path, *(found for key, part in parts for found in paths_in(part, (*path, key)))]
 
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_what_the_schema_lets_through_can_be_judged(data: st.DataObject) -> None:
+def test_data_that_matches_the_schema_can_be_checked(data: st.DataObject) -> None:
     """One value of a good recording is replaced: the schema refuses it, or every check answers."""
     snapshot = node_from_json(cases.load("h200-tenant").node)
     good = make_recording(snapshot, CheckContext(), run_checks(snapshot))
-    path = data.draw(st.sampled_from([p for p in _paths(good["node"]) if len(p) > 1]))
+    path = data.draw(st.sampled_from([p for p in paths_in(good["node"]) if len(p) > 1]))
     place = good["node"]
     for key in path[:-1]:
         place = place[key]
@@ -126,7 +126,7 @@ _ANY = st.recursive(
 
 
 @given(_ANY, st.sampled_from(["driver", "gpus", "environment", "host", "software", "model"]))
-def test_a_spoilt_recording_is_refused_or_read(value: Any, part: str) -> None:
+def test_a_damaged_recording_is_refused_or_read(value: Any, part: str) -> None:
     node = cases.base("h200")
     node[part] = value
     with suppress(InputError):

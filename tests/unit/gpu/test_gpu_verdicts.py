@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from check_helpers import snapshot_of, verdict
+from check_helpers import recorded_snapshot, run_check
 
 from toolkit.gpu.checks import CheckContext
 from toolkit.gpu.devices import cpu_architecture
@@ -33,34 +33,34 @@ def test_a_display_is_not_a_tenant(
     node: str, check: str, context: CheckContext, evidence: str
 ) -> None:
     """Exit 1 with the share that fits: 0.71 beside a desktop of 6 GiB, 0.67 beside 7 GiB."""
-    result = verdict(snapshot_of(node), check, context)
+    result = run_check(recorded_snapshot(node), check, context)
     assert (result.verdict, result.blame) == ("fail", "user")
     assert evidence in result.evidence
     share = 0.71 if "display" in node else 0.67
     assert f"`gpu_memory_utilization` to at most {share:.2f}" in str(result.remedy)
 
 
-def test_hidden_processes_hold_the_rest() -> None:
+def test_hidden_processes_use_the_remaining_memory() -> None:
     most = replace(ASKED, gpu_memory_utilization=0.99)
-    result = verdict(snapshot_of("h200-pid-namespace"), "memory.free", most)
+    result = run_check(recorded_snapshot("h200-pid-namespace"), "memory.free", most)
     assert (result.verdict, result.blame) == ("fail", "retry")
     assert result.evidence.endswith("hidden processes use the rest")
 
 
-def test_an_old_driver_names_the_switch_where_the_card_has_it() -> None:
-    server = verdict(snapshot_of("b200-driver-570"), "driver.cuda")
+def test_the_remedy_for_an_old_driver_depends_on_the_card() -> None:
+    server = run_check(recorded_snapshot("b200-driver-570"), "driver.cuda")
     assert "TOOLKIT_CUDA_COMPAT=1" in str(server.remedy)
     assert "cuda-compat-13-0" in str(server.remedy)
-    snapshot = snapshot_of("b200-driver-570")
+    snapshot = recorded_snapshot("b200-driver-570")
     desktop = replace(snapshot.gpus[0], name=succeeded("NVIDIA GeForce RTX 5090"))
-    told = verdict(replace(snapshot, gpus=(desktop,)), "driver.cuda")
+    told = run_check(replace(snapshot, gpus=(desktop,)), "driver.cuda")
     assert "TOOLKIT_CUDA_COMPAT" not in str(told.remedy)
     assert "this card does not support forward compatibility" in str(told.remedy)
 
 
-def test_integrated_memory_follows_the_host() -> None:
-    snapshot = snapshot_of("gb10-host-full")
-    result = verdict(snapshot, "memory.free", replace(ASKED, gpu_memory_utilization=0.5))
+def test_integrated_memory_uses_the_memory_of_the_host() -> None:
+    snapshot = recorded_snapshot("gb10-host-full")
+    result = run_check(snapshot, "memory.free", replace(ASKED, gpu_memory_utilization=0.5))
     assert (result.verdict, result.blame) == ("fail", "user")
     assert "30.00 GiB free" in result.evidence
     assert Device.from_node(snapshot, snapshot.gpus[0]).free_bytes == 30 << 30
@@ -70,9 +70,11 @@ def test_integrated_memory_follows_the_host() -> None:
     ("node", "machine"),
     [("t4g", "aarch64"), ("gh200", "aarch64"), ("gb10", "aarch64"), ("b300", "x86_64")],
 )
-def test_the_machine_is_read_or_the_cards(node: str, machine: str) -> None:
+def test_the_architecture_comes_from_the_node_or_the_table_of_cards(
+    node: str, machine: str
+) -> None:
     """The recording of the GB10 is older than the reading: the card tells."""
-    snapshot = snapshot_of(node)
+    snapshot = recorded_snapshot(node)
     assert cpu_architecture(snapshot, snapshot.gpus[0]) == machine
-    arch = verdict(snapshot, "software.arch")
+    arch = run_check(snapshot, "software.arch")
     assert arch.verdict == ("fail" if node == "t4g" else "ok")
