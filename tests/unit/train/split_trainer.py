@@ -16,7 +16,7 @@ from torch import distributed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "policy"))
-from split_worker import EvenCuts, fill
+from split_worker import EvenSplits, load_local_weights
 
 from toolkit.engine import mesh as meshes
 from toolkit.policy.lora import add_lora
@@ -59,15 +59,15 @@ def make_model(size: int) -> Any:
     assert shared is not None
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    split_model(model, EvenCuts(shared, 16), shared)
-    fill(model, source)
+    split_model(model, EvenSplits(shared, 16), shared)
+    load_local_weights(model, source)
     for name, buffer in source.named_buffers():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.clone())
     return model
 
 
-class Narrow(GRPOTrainer):
+class OutOfMemoryTrainer(GRPOTrainer):
     """Runs out of memory in one process: in the forward pass of its first step, in the backward
     pass of the second, after the last sum of the third.
     """
@@ -82,7 +82,7 @@ class Narrow(GRPOTrainer):
             self.failures.append(place)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def arm(self) -> None:
+    def register_failures(self) -> None:
         layers = self.model.get_base_model().model.layers
         layers[1].register_forward_pre_hook(
             lambda *_: self.fail("forward", 0) if torch.is_grad_enabled() else None
@@ -116,7 +116,7 @@ def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
     )  # fmt: skip
     tokenizer = make_tokenizer()
     data = Dataset.from_list([{"prompt": f"{n}+{n % 7}="} for n in range(10, 34)])
-    trainer = (Narrow if how.startswith("narrow") else GRPOTrainer)(
+    trainer = (OutOfMemoryTrainer if how.startswith("narrow") else GRPOTrainer)(
         model=policy,
         reward_funcs=[hard if how == "choose" else even],
         args=arguments,
@@ -124,9 +124,9 @@ def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     seen = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    if isinstance(trainer, Narrow):
-        Narrow.victim = int(how[-1])
-        trainer.arm()
+    if isinstance(trainer, OutOfMemoryTrainer):
+        OutOfMemoryTrainer.victim = int(how[-1])
+        trainer.register_failures()
     trainer.train(resume_from_checkpoint=True if how == "resume" else None)
     whole = gather_trainable(trainer.accelerator.unwrap_model(trainer.model))
     rows = [row for row in trainer.state.log_history if "reward" in row]
@@ -138,7 +138,7 @@ def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
         "rows": [{name: row.get(name) for name in names} for row in rows],
         "cut": sum(whole[name].shape != parts[name].shape for name in whole),
         "check": trainer.base_check,
-        "failures": Narrow.failures,
+        "failures": OutOfMemoryTrainer.failures,
         "parts": trainer.min_parts,
         "micro steps": trainer.micro_steps,
     }
