@@ -356,14 +356,14 @@ def _open_journal(
     total = total_steps(trainer)
     progress = Progress(options.out, total, logging_steps)
     enabled = context.config.runtime.log_completions
-    watch = RewardWatch(context.run_dir, progress.keep)
+    watch = RewardWatch(context.run_dir, progress.print_line)
     trainer.tracking = tracking = open_tracking(
         context.config,
         trainer,
         run_dir=context.run_dir,
         step=None if resumed is None else trainer_state.step_of(resumed),
         total=total,
-        say=progress.keep,
+        print_line=progress.print_line,
     )
     trainer.add_callback(
         Recorder(trainer, journal, progress, completions=enabled, watch=watch, tracking=tracking)

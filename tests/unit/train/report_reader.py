@@ -67,6 +67,6 @@ def shown(folder: Path) -> tuple[str, Page]:
     assert set(parsed.tags) <= OURS
     assert {name for name, _ in parsed.attributes} <= ATTRIBUTES
     assert parsed.tags.count("script") == parsed.tags.count("style") == 1
-    assert parsed.text["script"] == (page._HERE / "page.js").read_text()
+    assert parsed.text["script"] == (page._FOLDER / "page.js").read_text()
     assert "nan" not in re.findall(r'[ "](nan|inf)[ "L]', source)
     return source, parsed

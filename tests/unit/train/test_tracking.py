@@ -109,11 +109,11 @@ def test_a_record_of_ids_that_somebody_else_made(tmp_path, kind):
     else:
         texts = {"nested": "[" * 200_000, "list": "[1]", "huge": '{"run_id": 1%s}' % ("0" * 5000)}
         path.write_text(texts[kind])
-    assert start._read(tmp_path) == {}
+    assert start._read_ids(tmp_path) == {}
 
 
 class Raises:
-    note = ""
+    destination = ""
 
     def __init__(self, start):
         raise ConnectionError("no route to api.example.org")
@@ -122,13 +122,13 @@ class Raises:
 class Hangs:
     """Until the test ends."""
 
-    note = "opened"
+    destination = "opened"
     let_go = threading.Event()
 
     def __init__(self, start):
         pass
 
-    def row(self, step, numbers):
+    def log_row(self, step, numbers):
         self.let_go.wait(600)
 
 
@@ -145,7 +145,7 @@ class Hangs:
 )
 def test_a_tracker_that_is_down_or_hangs_stops_no_run(world, tmp_path, monkeypatch, kind, told):
     monkeypatch.setitem(tracking.TRACKER_CLASSES, "wandb", kind)
-    monkeypatch.setattr(tracking, "FLUSH_S", 0.2)
+    monkeypatch.setattr(tracking, "CLOSE_LIMIT_S", 0.2)
     Hangs.let_go.clear()
     try:
         folder, said = trained(world, tmp_path / "run", "grpo.report_to=wandb")
@@ -158,20 +158,20 @@ def test_a_tracker_that_is_down_or_hangs_stops_no_run(world, tmp_path, monkeypat
 
 
 class Recording:
-    note = "here"
+    destination = "here"
 
     def __init__(self, fails=(), slow_s=0.0):
         self.fails, self.slow_s, self.calls, self.closed = list(fails), slow_s, [], False
         self.begun = threading.Event()
 
-    def row(self, step, numbers):
+    def log_row(self, step, numbers):
         self.begun.set()
         time.sleep(self.slow_s)
         if step in self.fails:
             raise OSError(f"503 at {step}")
         self.calls.append((step, numbers))
 
-    def table(self, step, rows):
+    def log_table(self, step, rows):
         self.calls.append((step, rows))
 
     def close(self):
@@ -182,7 +182,7 @@ def followed(tracker, steps, total=100):
     said = []
     lanes = Tracking([TrackerThread("mine", lambda: tracker)], said.append, total)
     for step in range(1, steps + 1):
-        lanes.row({"step": step, "reward": 0.5, "kl": None}, {"step": step, "step_s": 1.0})
+        lanes.log_row({"step": step, "reward": 0.5, "kl": None}, {"step": step, "step_s": 1.0})
         tracker.begun.wait(30)
     lanes.close(stopped=False)
     return said
@@ -201,7 +201,7 @@ def test_a_tracker_that_cannot_start_is_told_of_once():
     said = []
     lanes = Tracking([TrackerThread("mine", lambda: Raises(None))], said.append, 100)
     for step in (1, 2):
-        lanes.row({"step": step, "reward": 0.5}, None)
+        lanes.log_row({"step": step, "reward": 0.5}, None)
     lanes.close(stopped=True)
     assert len(said) == 1
     assert said[0].startswith("tracker mine: could not start: ConnectionError: no route")
@@ -219,7 +219,7 @@ def test_five_failures_in_a_row_end_the_tracker():
 
 def test_a_slow_tracker_is_told_how_much_it_missed(monkeypatch):
     monkeypatch.setattr(tracking.lane, "MAX_QUEUED_CALLS", 3)
-    monkeypatch.setattr(tracking, "FLUSH_S", 0.1)
+    monkeypatch.setattr(tracking, "CLOSE_LIMIT_S", 0.1)
     said = followed(Recording(slow_s=1.0), 20)
     assert any("did not finish in time" in line for line in said)
     assert any("too slow: 16 updates" in line for line in said)
@@ -229,7 +229,7 @@ def test_completions_are_sent_now_and_then():
     tracker = Recording()
     lanes = Tracking([TrackerThread("mine", lambda: tracker)], print, 100)
     for step in range(1, 101):
-        lanes.completions(step, [{"step": step, "completion": "a"}] * 40)
+        lanes.log_completions(step, [{"step": step, "completion": "a"}] * 40)
     lanes.close(stopped=False)
     assert [step for step, _ in tracker.calls] == [1, *range(5, 101, 5)]
     assert all(len(rows) == 16 for _, rows in tracker.calls)
@@ -256,7 +256,7 @@ def test_other_trackers_go_through_the_callbacks_of_transformers(tmp_path, monke
         model=SimpleNamespace(config=None),
     )
     tracker = UpstreamTracker("tensorboard", trainer)
-    tracker.row(3, {"reward": 0.5})
+    tracker.log_row(3, {"reward": 0.5})
     tracker.close()
     events = EventAccumulator(str(tmp_path / "upstream"))
     events.Reload()

@@ -20,7 +20,7 @@ def test_no_spread_for_many_steps_is_said_once(tmp_path: Path) -> None:
     watch = RewardWatch(tmp_path, said.append)
     rows = [row(step, 0.0, 1.0) for step in range(1, 2 * MAX_STEPS_WITHOUT_SIGNAL + 1)]
     for number, one in enumerate(rows, start=1):
-        watch.see(one)
+        watch.check_row(one)
         assert len(said) == (number >= MAX_STEPS_WITHOUT_SIGNAL)
         assert one[COUNT_METRIC] == number
     assert f"for {MAX_STEPS_WITHOUT_SIGNAL} steps in a row" in said[0]
@@ -32,14 +32,14 @@ def test_a_short_run_without_any_spread_is_said_at_its_end(tmp_path: Path) -> No
     said: list[str] = []
     watch = RewardWatch(tmp_path, said.append)
     for step in (1, 2):
-        watch.see(row(step, 0.0, 1.0))
+        watch.check_row(row(step, 0.0, 1.0))
     assert said == []
-    watch.end()
+    watch.finish()
     assert "for 2 steps in a row all completions of each prompt had the same reward" in said[0]
     other = RewardWatch(tmp_path, said.append)
-    other.see(row(1, 0.5, 0.5))
-    other.see(row(2, 0.5, 1.0))
-    other.end()
+    other.check_row(row(1, 0.5, 0.5))
+    other.check_row(row(2, 0.5, 1.0))
+    other.finish()
     assert len(said) == 1
 
 
@@ -48,7 +48,7 @@ def test_one_group_with_spread_begins_the_count_again(tmp_path: Path) -> None:
     watch = RewardWatch(tmp_path, said.append)
     for step in range(1, 5 * MAX_STEPS_WITHOUT_SIGNAL):
         one = row(step, 0.5, 0.75 if step % (MAX_STEPS_WITHOUT_SIGNAL - 1) == 0 else 1.0)
-        watch.see(one)
+        watch.check_row(one)
         assert (COUNT_METRIC in one) == (step % (MAX_STEPS_WITHOUT_SIGNAL - 1) != 0)
     assert said == []
 
@@ -57,7 +57,7 @@ def test_rewards_that_are_all_none_are_said_at_once(tmp_path: Path) -> None:
     said: list[str] = []
     watch = RewardWatch(tmp_path, said.append)
     for step in (3, 4):
-        watch.see(row(step, None, 0.0))
+        watch.check_row(row(step, None, 0.0))
     assert len(said) == 1
     assert said[0].startswith("warning: step 3: every reward is None or NaN")
 
@@ -67,7 +67,7 @@ def test_evaluations_and_steps_without_new_completions_do_not_count(tmp_path: Pa
     evaluation = {"step": 1, "eval/reward": None}
     without = {"step": 2, "loss": 0.1}
     for one in (evaluation, without):
-        watch.see(one)
+        watch.check_row(one)
         assert COUNT_METRIC not in one
 
 
@@ -77,5 +77,5 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     watch = RewardWatch(tmp_path, lambda _: None)
     one = row(2, 0.0, 1.0)
-    watch.see(one)
+    watch.check_row(one)
     assert one[COUNT_METRIC] == 8

@@ -1,7 +1,7 @@
 """Draw charts as inline SVG, without a library, network requests or scripts.
 
 The markup is safe HTML: the function ``escape`` escapes every text, and the function
-``short_number`` or ``_n`` formats every number.
+``short_number`` or ``_coord`` formats every number.
 """
 
 from __future__ import annotations
@@ -92,22 +92,26 @@ def chart_html(chart: Chart, number: int) -> str:
     band = list(chart.band) if chart.band else []
     xs, columns = reduce_points(chart.xs, [*(line.values for line in chart.lines), *band])
     lines, band = columns[: len(chart.lines)], columns[len(chart.lines) :]
-    heights = _stack(lines) if chart.stacked else lines
-    shown = [value for column in [*heights, *band] for value in column]
-    shown += [y for _, y in chart.dots]
+    heights = _stacked_heights(lines) if chart.stacked else lines
+    plotted_values = [value for column in [*heights, *band] for value in column]
+    plotted_values += [y for _, y in chart.dots]
     width, height = (1000, 260) if chart.wide else (480, 190)
-    everywhere = [*xs, *(x for x, _ in chart.dots)]
-    first, last = min(everywhere), max(everywhere)
-    span = (first, last) if last > first else (first - 0.5, first + 0.5)
-    frame = Frame(width, height, span, axis_range(shown, zero=chart.stacked))
-    body = _areas(frame, xs, heights, chart) if chart.stacked else _curves(frame, xs, lines, chart)
+    all_xs = [*xs, *(x for x, _ in chart.dots)]
+    first, last = min(all_xs), max(all_xs)
+    x_range = (first, last) if last > first else (first - 0.5, first + 0.5)
+    frame = Frame(width, height, x_range, axis_range(plotted_values, from_zero=chart.stacked))
+    body = (
+        _stacked_svg(frame, xs, heights, chart)
+        if chart.stacked
+        else _lines_svg(frame, xs, lines, chart)
+    )
     if band:
         body = area_svg(frame, xs, band[0], band[1], "band t1") + body
     body += "".join(
-        f'<circle class="mark" cx="{_n(frame.x(x))}" cy="{_n(frame.y(y))}" r="3.5"/>'
+        f'<circle class="mark" cx="{_coord(frame.x(x))}" cy="{_coord(frame.y(y))}" r="3.5"/>'
         for x, y in chart.dots
     )
-    data = json.dumps(
+    points_json = json.dumps(
         {
             "x": [_rounded(x) for x in xs],
             "px": [round(frame.x(x), 1) for x in xs],
@@ -126,59 +130,63 @@ def chart_html(chart: Chart, number: int) -> str:
         f"<figcaption><h3>{escape(chart.title)}</h3><p class=note>{escape(chart.note)}</p>"
         f"{_legend(chart)}</figcaption>"
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}" '
-        f'data-points="{escape(data)}">'
+        f'data-points="{escape(points_json)}">'
         f'<defs><clipPath id="{clip}"><rect {plot}/></clipPath></defs>'
         f'{grid_svg(frame)}<g clip-path="url(#{clip})">{body}</g></svg></figure>'
     )
 
 
-def _curves(frame: Frame, xs: list[float], lines: list[Values], chart: Chart) -> str:
+def _lines_svg(frame: Frame, xs: list[float], lines: list[Values], chart: Chart) -> str:
     """Return the SVG of the lines. Each smoothed line is drawn over a faint line of the raw values.
 
     If the values before and after a point are missing, the point is drawn as a dot.
     """
     window = 1 if chart.exact else smoothing_window(len(xs))
-    parts = []
+    elements = []
     for line, values in zip(chart.lines, lines, strict=True):
         if window > 1:
-            parts.append(f'<path class="raw t{line.tone}" d="{line_path(frame, xs, values)}"/>')
+            elements.append(f'<path class="raw t{line.tone}" d="{line_path(frame, xs, values)}"/>')
         smoothed = smooth(values, window)
-        parts.append(f'<path class="line t{line.tone}" d="{line_path(frame, xs, smoothed)}"/>')
-        parts += [
-            f'<circle class="point t{line.tone}" cx="{_n(frame.x(xs[i]))}" '
-            f'cy="{_n(frame.y(value))}" r="2.5"/>'
+        elements.append(f'<path class="line t{line.tone}" d="{line_path(frame, xs, smoothed)}"/>')
+        elements += [
+            f'<circle class="point t{line.tone}" cx="{_coord(frame.x(xs[i]))}" '
+            f'cy="{_coord(frame.y(value))}" r="2.5"/>'
             for i, value in enumerate(values)
-            if value is not None and _alone(values, i)
+            if value is not None and _is_isolated(values, i)
         ]
-    return "".join(parts)
+    return "".join(elements)
 
 
-def _areas(frame: Frame, xs: list[float], heights: list[Values], chart: Chart) -> str:
-    floor: Values = [0.0] * len(xs)
-    parts = []
-    for line, top in zip(chart.lines, heights, strict=True):
-        parts.append(area_svg(frame, xs, floor, top, f"stack t{line.tone}"))
-        floor = top
-    return "".join(parts)
+def _stacked_svg(frame: Frame, xs: list[float], heights: list[Values], chart: Chart) -> str:
+    lower_edge: Values = [0.0] * len(xs)
+    elements = []
+    for line, upper_edge in zip(chart.lines, heights, strict=True):
+        elements.append(area_svg(frame, xs, lower_edge, upper_edge, f"stack t{line.tone}"))
+        lower_edge = upper_edge
+    return "".join(elements)
 
 
-def area_svg(frame: Frame, xs: Sequence[float], low: Values, high: Values, kind: str) -> str:
+def area_svg(frame: Frame, xs: Sequence[float], low: Values, high: Values, css_class: str) -> str:
     """Return the SVG of the area between the lines ``low`` and ``high``. Where a value is missing,
     the area has a gap.
     """
-    pieces: list[list[int]] = [[]]
+    segments: list[list[int]] = [[]]
     for index in range(len(xs)):
         if low[index] is None or high[index] is None:
-            pieces.append([])
+            segments.append([])
         else:
-            pieces[-1].append(index)
+            segments[-1].append(index)
     path = ""
-    for piece in pieces:
-        there = [(frame.x(xs[i]), frame.y(high[i] or 0.0)) for i in piece]
-        back = [(frame.x(xs[i]), frame.y(low[i] or 0.0)) for i in reversed(piece)]
-        if len(piece) > 1:
-            path += "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in there + back) + "Z"
-    return f'<path class="{kind}" d="{path}"/>'
+    for segment in segments:
+        upper_points = [(frame.x(xs[i]), frame.y(high[i] or 0.0)) for i in segment]
+        lower_points = [(frame.x(xs[i]), frame.y(low[i] or 0.0)) for i in reversed(segment)]
+        if len(segment) > 1:
+            path += (
+                "M"
+                + "L".join(f"{_coord(x)} {_coord(y)}" for x, y in upper_points + lower_points)
+                + "Z"
+            )
+    return f'<path class="{css_class}" d="{path}"/>'
 
 
 def line_path(frame: Frame, xs: Sequence[float], values: Values) -> str:
@@ -188,12 +196,12 @@ def line_path(frame: Frame, xs: Sequence[float], values: Values) -> str:
         if value is None:
             pen = "M"
             continue
-        path += f"{pen}{_n(frame.x(x))} {_n(frame.y(value))}"
+        path += f"{pen}{_coord(frame.x(x))} {_coord(frame.y(value))}"
         pen = "L"
     return path
 
 
-def _alone(values: Values, index: int) -> bool:
+def _is_isolated(values: Values, index: int) -> bool:
     """Whether the values before and after a point are missing. A line would not show this point."""
     before = values[index - 1] if index else None
     after = values[index + 1] if index + 1 < len(values) else None
@@ -205,23 +213,24 @@ def grid_svg(frame: Frame, axis: str = "step") -> str:
     x axis.
     """
     right, floor = frame.width - RIGHT, frame.height - BOTTOM
-    parts = []
-    marks = ticks(*frame.y_range)
-    for value, label in zip(marks, tick_labels(marks), strict=True):
+    elements = []
+    tick_values = ticks(*frame.y_range)
+    for value, label in zip(tick_values, tick_labels(tick_values), strict=True):
         y = frame.y(value)
-        kind = "zero" if value == 0 else "grid"
-        parts.append(
-            f'<line class="{kind}" x1="{LEFT}" x2="{right}" y1="{_n(y)}" y2="{_n(y)}"/>'
-            f'<text class="y" x="{LEFT - 7}" y="{_n(y + 3.5)}">{escape(label)}</text>'
+        css_class = "zero" if value == 0 else "grid"
+        elements.append(
+            f'<line class="{css_class}" x1="{LEFT}" x2="{right}" '
+            f'y1="{_coord(y)}" y2="{_coord(y)}"/>'
+            f'<text class="y" x="{LEFT - 7}" y="{_coord(y + 3.5)}">{escape(label)}</text>'
         )
-    parts.append(f'<text class="y" x="{LEFT - 7}" y="{floor + 16}">{escape(axis)}</text>')
+    elements.append(f'<text class="y" x="{LEFT - 7}" y="{floor + 16}">{escape(axis)}</text>')
     low, high = frame.x_range
     for value in ticks(low, high, 8 if frame.width > 600 else 5):
         if value == int(value) and frame.x(value) > LEFT + 12:
-            parts.append(
-                f'<text class="x" x="{_n(frame.x(value))}" y="{floor + 16}">{int(value)}</text>'
+            elements.append(
+                f'<text class="x" x="{_coord(frame.x(value))}" y="{floor + 16}">{int(value)}</text>'
             )
-    return "".join(parts)
+    return "".join(elements)
 
 
 def _legend(chart: Chart) -> str:
@@ -230,28 +239,30 @@ def _legend(chart: Chart) -> str:
     """
     items = []
     for line in chart.lines:
-        there = [value for value in line.values if value is not None]
+        known_values = [value for value in line.values if value is not None]
         name = f"<span>{escape(line.label)}</span>" if len(chart.lines) > 1 or chart.wide else ""
-        last = escape(short_number(there[-1] if there else None))
+        last = escape(short_number(known_values[-1] if known_values else None))
         items.append(f'<li class="t{line.tone}"><i></i>{name}<b>{last}</b></li>')
     if chart.dots:
         items.append(f'<li class="mark"><i></i><span>{escape(chart.dots_label)}</span></li>')
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _stack(lines: list[Values]) -> list[Values]:
+def _stacked_heights(lines: list[Values]) -> list[Values]:
     """Return the upper edges of the stacked areas: the sum of each line and all lines before it. A
     missing value counts as 0.
     """
     heights: list[Values] = []
-    floor = [0.0] * (len(lines[0]) if lines else 0)
+    lower_edge = [0.0] * (len(lines[0]) if lines else 0)
     for values in lines:
-        floor = [base + max(0.0, value or 0.0) for base, value in zip(floor, values, strict=True)]
-        heights.append([*floor])
+        lower_edge = [
+            base + max(0.0, value or 0.0) for base, value in zip(lower_edge, values, strict=True)
+        ]
+        heights.append([*lower_edge])
     return heights
 
 
-def _n(value: float) -> str:
+def _coord(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from toolkit.train.report.log_files import RunFiles
     from toolkit.train.report.scale import Values
 
-MAX_REWARDS = 6
+MAX_REWARD_LINES = 6
 # Each row: title, note, then (label, possible names of the metric) per line. A chart is drawn if
 # any of its lines has a value.
-_SINGLE: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
+_METRIC_CHARTS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
     ("KL to the base model", "nats per token", [("kl", ("kl",))]),
     (
         "Entropy",
@@ -95,7 +95,7 @@ def reward_chart(run: RunFiles) -> Chart | None:
     None if no reward was logged.
     """
     rewards = metric_column(run.metrics, "reward")
-    if not _any(rewards):
+    if not _has_values(rewards):
         return None
     spreads = metric_column(run.metrics, "reward_std")
     pairs = list(zip(rewards, spreads, strict=True))
@@ -107,7 +107,7 @@ def reward_chart(run: RunFiles) -> Chart | None:
         note="mean over each step's completions; the band is the mean ± one standard deviation",
         xs=_steps(run.metrics),
         lines=[Line(label="mean", values=rewards)],
-        band=(low, high) if _any(low) else None,
+        band=(low, high) if _has_values(low) else None,
         dots=[(step, value) for step, value in evaluated if value is not None],
         dots_label="held-out prompts",
         wide=True,
@@ -116,21 +116,21 @@ def reward_chart(run: RunFiles) -> Chart | None:
 
 def other_charts(run: RunFiles) -> list[Chart]:
     """Return all other charts that have values. The most important chart comes first."""
-    found = [_rewards(run), _lengths(run)]
+    charts = [_reward_functions_chart(run), _length_chart(run)]
     xs = _steps(run.metrics)
-    for title, note, wanted in _SINGLE:
+    for title, note, line_specs in _METRIC_CHARTS:
         lines = [
             Line(label=label, values=metric_column(run.metrics, *names), tone=tone)
-            for tone, (label, names) in enumerate(wanted, start=1)
+            for tone, (label, names) in enumerate(line_specs, start=1)
         ]
-        lines = [line for line in lines if _any(line.values)]
+        lines = [line for line in lines if _has_values(line.values)]
         exact = title == "Learning rate"
         chart = Chart(title=title, note=note, xs=xs, lines=lines, exact=exact) if lines else None
-        found.append(chart)
-    return [chart for chart in [*found, *_times(run)] if chart is not None]
+        charts.append(chart)
+    return [chart for chart in [*charts, *_timing_charts(run)] if chart is not None]
 
 
-def _rewards(run: RunFiles) -> Chart | None:
+def _reward_functions_chart(run: RunFiles) -> Chart | None:
     names = sorted({key for row in run.metrics for key in row if _is_reward_mean(key)})
     if len(names) < 2:
         return None
@@ -140,10 +140,12 @@ def _rewards(run: RunFiles) -> Chart | None:
             values=metric_column(run.metrics, name),
             tone=tone,
         )
-        for tone, name in enumerate(names[:MAX_REWARDS], start=1)
+        for tone, name in enumerate(names[:MAX_REWARD_LINES], start=1)
     ]
-    more = f", {len(names) - MAX_REWARDS} more not shown" if len(names) > MAX_REWARDS else ""
-    note = f"mean of each reward function before it is multiplied by its weight{more}"
+    omitted_note = (
+        f", {len(names) - MAX_REWARD_LINES} more not shown" if len(names) > MAX_REWARD_LINES else ""
+    )
+    note = f"mean of each reward function before it is multiplied by its weight{omitted_note}"
     return Chart(title="Reward functions", note=note, xs=_steps(run.metrics), lines=lines)
 
 
@@ -151,48 +153,52 @@ def _is_reward_mean(key: str) -> bool:
     return key.startswith("rewards/") and key.endswith("/mean")
 
 
-def _lengths(run: RunFiles) -> Chart | None:
+def _length_chart(run: RunFiles) -> Chart | None:
     mean = metric_column(run.metrics, "completion_length", "completions/mean_length")
-    if not _any(mean):
+    if not _has_values(mean):
         return None
     low = metric_column(run.metrics, "completions/min_length")
     high = metric_column(run.metrics, "completions/max_length")
     return Chart(
         title="Completion length",
         note="tokens"
-        + ("; the band goes from the shortest to the longest" if _any(low) and _any(high) else ""),
+        + (
+            "; the band goes from the shortest to the longest"
+            if _has_values(low) and _has_values(high)
+            else ""
+        ),
         xs=_steps(run.metrics),
         lines=[Line(label="mean", values=mean)],
-        band=(low, high) if _any(low) and _any(high) else None,
+        band=(low, high) if _has_values(low) and _has_values(high) else None,
     )
 
 
-def _times(run: RunFiles) -> list[Chart]:
+def _timing_charts(run: RunFiles) -> list[Chart]:
     xs = _steps(run.timings)
     phases = [
         Line(label=label, values=metric_column(run.timings, name), tone=tone)
         for tone, (label, name) in enumerate(_PHASES, start=1)
     ]
-    phases = [line for line in phases if _any(line.values)]
-    whole = metric_column(run.timings, "step_s")
+    phases = [line for line in phases if _has_values(line.values)]
+    step_times = metric_column(run.timings, "step_s")
     charts = []
     if phases:
         note = "seconds, by phase"
         charts.append(Chart(title="Step time", note=note, xs=xs, lines=phases, stacked=True))
-    elif _any(whole):
-        line = Line(label="step", values=whole)
+    elif _has_values(step_times):
+        line = Line(label="step", values=step_times)
         charts.append(Chart(title="Step time", note="seconds", xs=xs, lines=[line]))
     speed = metric_column(run.timings, "tokens_per_s")
-    if _any(speed):
+    if _has_values(speed):
         line = Line(label="tokens/s", values=speed)
         note = "completion tokens per second, over the whole step"
         charts.append(Chart(title="Throughput", note=note, xs=xs, lines=[line]))
-    memory: Values = [
+    memory_gib: Values = [
         None if value is None else value / GIB
         for value in metric_column(run.timings, "peak_memory_bytes")
     ]
-    if _any(memory):
-        line = Line(label="GiB", values=memory)
+    if _has_values(memory_gib):
+        line = Line(label="GiB", values=memory_gib)
         charts.append(Chart(title="Peak memory", note="GiB", xs=xs, lines=[line], exact=True))
     return charts
 
@@ -201,5 +207,5 @@ def _steps(rows: list[dict[str, Any]]) -> list[float]:
     return [float(row["step"]) for row in rows]
 
 
-def _any(values: Values) -> bool:
+def _has_values(values: Values) -> bool:
     return any(value is not None for value in values)

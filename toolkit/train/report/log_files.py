@@ -43,18 +43,18 @@ def read_run(run_dir: Path) -> RunFiles:
     broken: list[str] = []
     names = {item.name for item in run_dir.iterdir()}
     documents = {
-        key: _document(run_dir / f"{key}.json", broken)
+        key: _read_document(run_dir / f"{key}.json", broken)
         for key in ("config", "manifest", "preflight", "evaluation")
     }
-    rows = list(_rows(run_dir / "metrics.jsonl", broken))
+    rows = list(_read_rows(run_dir / "metrics.jsonl", broken))
     return RunFiles(
         # The name includes the parent folder, because many run folders are called "run".
         name="/".join(run_dir.resolve().parts[-2:]).lstrip("/"),
         metrics=_by_step(row for row in rows if not _is_eval(row)),
         evals=_by_step(row for row in rows if _is_eval(row)),
-        timings=_by_step(_rows(run_dir / "timings.jsonl", broken)),
-        samples=_samples(run_dir / "completions.jsonl", broken),
-        bad_rewards=sum(1 for _ in _rows(run_dir / "bad_rewards.jsonl", broken)),
+        timings=_by_step(_read_rows(run_dir / "timings.jsonl", broken)),
+        samples=_read_samples(run_dir / "completions.jsonl", broken),
+        bad_rewards=sum(1 for _ in _read_rows(run_dir / "bad_rewards.jsonl", broken)),
         finished=bool(names & {"adapter", "model"}),
         broken=broken,
         **documents,
@@ -66,10 +66,10 @@ def finite_number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        plain = float(value)
+        number = float(value)
     except OverflowError:
         return None
-    return max(-MAX_NUMBER, min(MAX_NUMBER, plain)) if math.isfinite(plain) else None
+    return max(-MAX_NUMBER, min(MAX_NUMBER, number)) if math.isfinite(number) else None
 
 
 def metric_column(rows: list[dict[str, Any]], *names: str) -> list[float | None]:
@@ -87,10 +87,10 @@ def metric_column(rows: list[dict[str, Any]], *names: str) -> list[float | None]
 
 def section(document: dict[str, Any], *keys: str) -> dict[str, Any]:
     """The mapping at the path ``keys`` in a JSON document. Empty if the path does not exist."""
-    found: Any = document
+    value: Any = document
     for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def _is_eval(row: dict[str, Any]) -> bool:
@@ -99,11 +99,11 @@ def _is_eval(row: dict[str, Any]) -> bool:
 
 def _by_step(rows: Any) -> list[dict[str, Any]]:
     """The rows sorted by step. If a step has several rows, only the last row is kept."""
-    found = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
-    return [found[step] for step in sorted(found)]
+    last_rows = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
+    return [last_rows[step] for step in sorted(last_rows)]
 
 
-def _document(path: Path, broken: list[str]) -> dict[str, Any]:
+def _read_document(path: Path, broken: list[str]) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
@@ -116,37 +116,39 @@ def _document(path: Path, broken: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _rows(path: Path, broken: list[str]) -> Iterator[dict[str, Any]]:
-    for _, row in _rows_at(path, broken):
+def _read_rows(path: Path, broken: list[str]) -> Iterator[dict[str, Any]]:
+    for _, row in _read_rows_with_offsets(path, broken):
         yield row
 
 
-def _rows_at(path: Path, broken: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_rows_with_offsets(path: Path, broken: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (byte offset, row) for every line that is a JSON object.
 
     Other lines are skipped. If there are such lines, the file and their number are added to the
     list ``broken``.
     """
-    torn = 0
+    bad_lines = 0
     try:
         with path.open("rb") as file:
             offset = 0
             for line in file:
-                row = _parsed(line)
+                row = _parse_row(line)
                 if row is not None:
                     yield offset, row
                 elif line.strip():
-                    torn += 1
+                    bad_lines += 1
                 offset += len(line)
     except FileNotFoundError:
         return
     except OSError:
-        torn += 1
-    if torn:
-        broken.append(f"{path.name} ({torn} incomplete {'line' if torn == 1 else 'lines'})")
+        bad_lines += 1
+    if bad_lines:
+        broken.append(
+            f"{path.name} ({bad_lines} incomplete {'line' if bad_lines == 1 else 'lines'})"
+        )
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parse_row(line: bytes) -> dict[str, Any] | None:
     if len(line) > MAX_LINE_BYTES:
         return None
     try:
@@ -156,24 +158,24 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _samples(path: Path, broken: list[str]) -> dict[int, list[dict[str, Any]]]:
+def _read_samples(path: Path, broken: list[str]) -> dict[int, list[dict[str, Any]]]:
     """Return the completions of a few steps, by step. These steps are evenly spread over the run.
 
     The completions of all other steps are not loaded, because completions.jsonl can be large.
     """
-    where: dict[int, list[int]] = {}
-    for offset, row in _rows_at(path, broken):
+    offsets: dict[int, list[int]] = {}
+    for offset, row in _read_rows_with_offsets(path, broken):
         if isinstance(row.get("step"), int):
-            where.setdefault(row["step"], []).append(offset)
-    if not where:
+            offsets.setdefault(row["step"], []).append(offset)
+    if not offsets:
         return {}
-    steps = sorted(where)
+    steps = sorted(offsets)
     last = len(steps) - 1
     chosen = sorted({steps[round(last * i / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)})
-    found: dict[int, list[dict[str, Any]]] = {}
+    samples: dict[int, list[dict[str, Any]]] = {}
     with path.open("rb") as file:
         for step in chosen:
-            for offset in where[step]:
+            for offset in offsets[step]:
                 file.seek(offset)
-                found.setdefault(step, []).append(_parsed(file.readline()) or {})
-    return found
+                samples.setdefault(step, []).append(_parse_row(file.readline()) or {})
+    return samples

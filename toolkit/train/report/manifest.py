@@ -34,8 +34,10 @@ LOCK_FILES = ("uv.lock", "locks/cpu.txt", "locks/cu130.txt")
 
 def packages() -> dict[str, str]:
     """The version of every installed Python package, by name."""
-    found = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+    versions = {
+        d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]
+    }
+    return dict(sorted(versions.items(), key=lambda item: item[0].lower()))
 
 
 def lock_hashes() -> dict[str, str]:
@@ -69,8 +71,8 @@ def image() -> dict[str, Any] | None:
     containers/image_manifest.py writes them into the image.
     """
     try:
-        described = json.loads(Path(os.environ[IMAGE_MANIFEST_VARIABLE]).read_text())
-        return {key: described[key] for key in IMAGE_KEYS}
+        facts = json.loads(Path(os.environ[IMAGE_MANIFEST_VARIABLE]).read_text())
+        return {key: facts[key] for key in IMAGE_KEYS}
     except (KeyError, TypeError, OSError, ValueError):
         return None
 
@@ -80,18 +82,18 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
     ``folder`` is not in a git repository.
     """
 
-    def ask(*arguments: str) -> str | None:
+    def run_git(*arguments: str) -> str | None:
         command = ["git", "-C", str(folder), *arguments]
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         except (OSError, subprocess.SubprocessError):
             return None
-        return answer.stdout.strip()
+        return result.stdout.strip()
 
-    revision = ask("rev-parse", "HEAD")
+    revision = run_git("rev-parse", "HEAD")
     if not revision:
         return None
-    return {"revision": revision, "modified": bool(ask("status", "--porcelain", "-uno"))}
+    return {"revision": revision, "modified": bool(run_git("status", "--porcelain", "-uno"))}
 
 
 def gpus(snapshot: NodeSnapshot | None) -> list[dict[str, Any]]:
@@ -99,8 +101,8 @@ def gpus(snapshot: NodeSnapshot | None) -> list[dict[str, Any]]:
 
     A value that the driver does not report is None.
     """
-    seen = snapshot.gpus if snapshot is not None else ()
-    return [{"name": gpu.name.value, "uuid": gpu.uuid.value} for gpu in seen]
+    visible_gpus = snapshot.gpus if snapshot is not None else ()
+    return [{"name": gpu.name.value, "uuid": gpu.uuid.value} for gpu in visible_gpus]
 
 
 def write_manifest(
@@ -119,7 +121,7 @@ def write_manifest(
     """
     folder = Path(source).resolve().parent if source else Path.cwd()
     driver = snapshot.driver.version.value if snapshot is not None else None
-    described = {
+    manifest = {
         "schema_version": SCHEMA_VERSION,
         "toolkit": __version__,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -135,23 +137,23 @@ def write_manifest(
         "data_sha256": dict(data),
         "seeds": dict(seeds),
         "world_size": world_size,
-        "cpu_threads": _threads(),
+        "cpu_threads": _cpu_threads(),
     }
-    return _write(run_dir, described)
+    return _write_manifest(run_dir, manifest)
 
 
 def add_entries(run_dir: Path, **entries: Any) -> Path:
     """Add ``entries`` to the existing manifest. Raises OSError."""
-    described = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
-    return _write(run_dir, {**described, **entries})
+    manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    return _write_manifest(run_dir, {**manifest, **entries})
 
 
-def _write(run_dir: Path, described: Mapping[str, Any]) -> Path:
-    text = json.dumps(redact_tree(described), indent=2, default=str) + "\n"
+def _write_manifest(run_dir: Path, manifest: Mapping[str, Any]) -> Path:
+    text = json.dumps(redact_tree(manifest), indent=2, default=str) + "\n"
     return write_file(run_dir / "manifest.json", text)
 
 
-def _threads() -> int | None:
+def _cpu_threads() -> int | None:
     """The number of CPU threads that torch uses for one operation. None if torch is not imported.
 
     Results on the CPU are reproducible only with the same number of threads.

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 def escape(value: Any) -> str:
     """Escape ``value`` for an HTML element or a quoted attribute. Secrets are removed."""
-    plain = redact(value if isinstance(value, str) else str(value))
-    return html.escape(escape_unprintable(plain), quote=True)
+    redacted = redact(value if isinstance(value, str) else str(value))
+    return html.escape(escape_unprintable(redacted), quote=True)
 
 
-def html_table(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
+def html_table(rows: Iterable[tuple[str, str]], css_class: str = "facts") -> str:
     """Return an HTML table of the rows (name, cell). This function escapes the names. The cells
     must be HTML already.
     """
     body = "".join(f"<tr><th>{escape(name)}</th><td>{cell}</td></tr>" for name, cell in rows)
-    return f'<table class="{kind}">{body}</table>' if body else ""
+    return f'<table class="{css_class}">{body}</table>' if body else ""
 
 
 def collapsible(summary: str, inner: str) -> str:
@@ -50,13 +50,13 @@ def flat_rows(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Return a nested mapping as table rows (key, HTML cell). Nested keys are joined by dots."""
     if isinstance(value, dict) and value:
         return [row for key, item in value.items() for row in flat_rows(item, f"{prefix}{key}.")]
-    shown = "–" if value in (None, {}, [], "") else escape(_plain(value))  # noqa: RUF001
+    shown = "–" if value in (None, {}, [], "") else escape(_plain_text(value))  # noqa: RUF001
     return [(prefix.removesuffix("."), f"<code>{shown}</code>")]
 
 
-def _plain(value: Any) -> str:
+def _plain_text(value: Any) -> str:
     if isinstance(value, list) and all(not isinstance(item, dict | list) for item in value):
-        return ", ".join(_plain(item) for item in value)
+        return ", ".join(_plain_text(item) for item in value)
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else str(value)

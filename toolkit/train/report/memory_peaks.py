@@ -106,12 +106,12 @@ class PhasePeaks:
     training: int = 0
     step: int = 0
     on_card: int = 0
-    _stepping: bool = field(default=False, repr=False)
+    _in_training: bool = field(default=False, repr=False)
 
     def begin(self) -> None:
         """Start to measure memory peaks. Peaks before this call are ignored."""
         self.statistics.reset()
-        self._stepping = False
+        self._in_training = False
 
     @contextmanager
     def sampling(self, engine: RolloutEngine) -> Iterator[None]:
@@ -129,13 +129,13 @@ class PhasePeaks:
             self.on_card = max(self.on_card, used)
         finally:
             self.statistics.reset()
-            self._stepping = True
+            self._in_training = True
 
     def end_training(self) -> None:
         """End the training phase and record its peaks. Does nothing outside a training phase."""
-        if not self._stepping:
+        if not self._in_training:
             return
-        now, self._stepping = self.statistics, False
+        now, self._in_training = self.statistics, False
         asleep, peak = now.asleep(), now.peak_allocated()
         self.training = max(self.training, peak - asleep)
         self.step = max(self.step, peak - now.allocated())
@@ -144,13 +144,13 @@ class PhasePeaks:
     def so_far(self) -> int:
         """The peak of torch's allocator since ``begin``, including the current training phase."""
         now = 0
-        if self._stepping:
+        if self._in_training:
             now = self.statistics.peak_allocated() - self.statistics.asleep()
         return max(self.rollout, self.training, now)
 
     def terms(self) -> dict[str, int]:
         """The measured values in bytes, by the names that ``toolkit.sizing.calibrate`` uses."""
-        found = {
+        measurements = {
             "peak.rollout": self.rollout,
             "peak.training": self.training,
             "peak.torch": max(self.rollout, self.training),
@@ -158,15 +158,15 @@ class PhasePeaks:
             "card.used": self.on_card,
             "card.total": self.statistics.card() if self.on_card else 0,
         }
-        return {term: nbytes for term, nbytes in found.items() if nbytes > 0}
+        return {term: nbytes for term, nbytes in measurements.items() if nbytes > 0}
 
     def write(self, run_dir: Path) -> Path | None:
         """Write memory.json and return its path. None if no step was measured. Raises OSError."""
         self.end_training()
         if not self.training:
             return None
-        found = {**self.account, **self.terms()}
-        return write_file(run_dir / MEMORY_FILE, json.dumps(found, indent=2) + "\n")
+        measurements = {**self.account, **self.terms()}
+        return write_file(run_dir / MEMORY_FILE, json.dumps(measurements, indent=2) + "\n")
 
 
 def phase_peaks_of(engine: RolloutEngine | None) -> PhasePeaks | None:

@@ -60,7 +60,7 @@ class Journal:
         self._run_dir = run_dir
         self._handles: dict[str, int] = {}
         self._changed_logs: list[str] = []
-        self._read: dict[str, hashlib._Hash] = {}
+        self._digests: dict[str, hashlib._Hash] = {}
         self._sizes: dict[str, int] = {}
         for name in names:
             handle = _open_log(run_dir / name)
@@ -69,12 +69,12 @@ class Journal:
                 os.ftruncate(handle, keep)
             self._handles[name] = handle
             with open(handle, "rb", closefd=False) as file:
-                self._read[name] = hashlib.file_digest(file, "sha256")
+                self._digests[name] = hashlib.file_digest(file, "sha256")
             self._sizes[name] = os.fstat(handle).st_size
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append ``row`` to the log ``name`` with one write call. If the process is killed, only
-        the last row can be incomplete. Raises OSError.
+        """Append ``row`` to the log ``name`` with one write call. If the process is killed,
+        only the last row can be incomplete. Raises OSError.
         """
         # The name of a metric can contain a lone surrogate (from a reward), which UTF-8 cannot
         # encode.
@@ -83,7 +83,7 @@ class Journal:
         self._sizes[name] += written
         if written < len(line):  # On a full disk, a second write raises the error.
             self._sizes[name] += os.write(self._handles[name], line[written:])
-        self._read[name].update(line)
+        self._digests[name].update(line)
 
     def sync(self) -> None:
         """Sync all written rows to the disk. Raises OSError."""
@@ -96,24 +96,24 @@ class Journal:
 
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each log. It shows whether two logs of the same length are different."""
-        return {name: digest.hexdigest() for name, digest in self._read.items()}
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
     def changed_logs(self) -> list[str]:
         """The logs that another program changed (deleted, moved, replaced, shortened or
         extended).
         """
         if self._handles:
-            found = self._handles.items()
+            handles = self._handles.items()
             self._changed_logs = [
-                name for name, handle in found if not self._in_place(name, handle)
+                name for name, handle in handles if not self._is_unchanged(name, handle)
             ]
         return self._changed_logs
 
-    def _in_place(self, name: str, handle: int) -> bool:
+    def _is_unchanged(self, name: str, handle: int) -> bool:
         try:
-            opened = os.fstat(handle)
-            whole = opened.st_size == self._sizes[name]
-            return whole and os.path.samestat(opened, (self._run_dir / name).stat())
+            status = os.fstat(handle)
+            has_expected_size = status.st_size == self._sizes[name]
+            return has_expected_size and os.path.samestat(status, (self._run_dir / name).stat())
         except OSError:
             return False
 
@@ -171,17 +171,17 @@ def metrics_row(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
     The metrics in LEADING_METRICS come first. All other metrics follow, sorted by name. Values that
     depend on the wall clock are left out.
     """
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for key, value in logs.items():
-        evaluation = key.startswith("eval_")
+        is_evaluation = key.startswith("eval_")
         name = key.removeprefix("eval_")
         if name in WALL_CLOCK_METRICS:
             continue
         name = RENAMED_METRICS.get(name, name)
-        found[f"eval/{name}" if evaluation else name] = value
-    found["step"] = step
-    leading = {name: found.pop(name) for name in LEADING_METRICS if name in found}
-    return leading | {name: found[name] for name in sorted(found)}
+        metrics[f"eval/{name}" if is_evaluation else name] = value
+    metrics["step"] = step
+    leading = {name: metrics.pop(name) for name in LEADING_METRICS if name in metrics}
+    return leading | {name: metrics[name] for name in sorted(metrics)}
 
 
 def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
@@ -215,13 +215,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         self.tracking = tracking
         self.watch = watch
         self.trainer, self.journal, self.on_row = trainer, journal, on_row
-        self.completions = completions
-        self.begin = self.last = monotonic()
+        self.log_completions = completions
+        self.begin_s = self.last_s = monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock, so that the time of the first step does not include loading."""
         del args, state, control, kwargs
-        self.last = monotonic()
+        self.last_s = monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the log rows of a step or an evaluation. The summary that the trainer logs at the
@@ -230,13 +230,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         del args, control, kwargs
         if "train_runtime" in logs:
             if self.watch is not None and state.global_step >= state.max_steps:
-                self.watch.end()
+                self.watch.finish()
             return
         row = to_json_value(metrics_row(state.global_step, logs))
         if row.get("skipped"):
             row["loss"] = None  # transformers logs 0 for a NaN loss
         if self.watch is not None:
-            self.watch.see(row)
+            self.watch.check_row(row)
         self.journal.write("metrics.jsonl", row)
         timings = None
         if "loss" in logs:
@@ -244,28 +244,28 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             self.journal.write("timings.jsonl", timings)
             if self.trainer.tool_log is not None:
                 self.trainer.tool_log.write(self.journal, row["step"])
-            if self.completions and "reward" in row:
+            if self.log_completions and "reward" in row:
                 self._write_completions(state.global_step)
         self.on_row(row, timings)
         if self.tracking is not None:
-            self.tracking.row(row, timings)
+            self.tracking.log_row(row, timings)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restart the clock, so that the time of the next step does not include the evaluation."""
         del args, state, control, kwargs
         self.trainer.timers.pop_seconds()
-        self.last = monotonic()
+        self.last_s = monotonic()
 
     def _timings(self, row: Mapping[str, Any]) -> dict[str, Any]:
         now = monotonic()
-        step_s, self.last = now - self.last, now
+        step_s, self.last_s = now - self.last_s, now
         phases = dict.fromkeys(TIMED_PHASES, 0.0) | self.trainer.timers.pop_seconds()
         phases["rollout_s"] = max(0.0, phases["rollout_s"] - phases["publish_s"])
         tokens = (row.get("completion_length") or 0.0) * self.trainer.args.generation_batch_size
         tokens += row.get("dynamic_sampling/discarded_tokens") or 0
         return {
             "step": row["step"],
-            "time_s": round(now - self.begin, 4),
+            "time_s": round(now - self.begin_s, 4),
             "step_s": round(step_s, 4),
             "train_s": round(max(0.0, step_s - sum(phases.values())), 4),
             **{name: round(value, 4) for name, value in phases.items()},
@@ -279,7 +279,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         rows = []
         for index, prompt in enumerate(logs["prompt"]):
             rewards = {name: to_json_value(logs["rewards"][name][index]) for name in names}
-            scored = [
+            weighted_rewards = [
                 (w, r) for w, r in zip(weights, rewards.values(), strict=True) if r is not None
             ]
             rows.append(
@@ -287,15 +287,15 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
                     "step": step,
                     "prompt": shorten_message(prompt),
                     "completion": shorten_message(logs["completion"][index]),
-                    "reward": sum(w * r for w, r in scored) if scored else None,
+                    "reward": sum(w * r for w, r in weighted_rewards) if weighted_rewards else None,
                     "rewards": rewards,
                     "advantage": logs["advantages"][index],
-                    **_extra(logs, index),
+                    **_extra_values(logs, index),
                 }
             )
             self.journal.write("completions.jsonl", rows[-1])
         if self.tracking is not None:
-            self.tracking.completions(step, rows)
+            self.tracking.log_completions(step, rows)
 
 
 def shorten_message(value: Any) -> Any:
@@ -303,27 +303,27 @@ def shorten_message(value: Any) -> Any:
 
     ``value`` is a text or the messages of a chat. If a text is too long, its middle is removed.
     """
-    return _shortened(value, [MAX_MESSAGE_CHARACTERS])
+    return _shorten(value, [MAX_MESSAGE_CHARACTERS])
 
 
-def _shortened(value: Any, left: list[int]) -> Any:
+def _shorten(value: Any, remaining: list[int]) -> Any:
     if isinstance(value, str):
-        most, left[0] = max(left[0], 0), left[0] - len(value)
-        if len(value) <= most:
+        limit, remaining[0] = max(remaining[0], 0), remaining[0] - len(value)
+        if len(value) <= limit:
             return value
-        half = most // 2
-        cut = len(value) - 2 * half
-        return f"{value[:half]}... ({cut} characters left out) ...{value[len(value) - half :]}"
-    left[0] -= 1
+        half = limit // 2
+        removed = len(value) - 2 * half
+        return f"{value[:half]}... ({removed} characters left out) ...{value[len(value) - half :]}"
+    remaining[0] -= 1
     if isinstance(value, dict):
-        return {key: _shortened(item, left) for key, item in value.items()}
+        return {key: _shorten(item, remaining) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        kept = [_shortened(item, left) for item in value[: max(left[0], 0)]]
-        return kept if len(kept) == len(value) else [*kept, f"... ({len(value)} items)"]
+        items = [_shorten(item, remaining) for item in value[: max(remaining[0], 0)]]
+        return items if len(items) == len(value) else [*items, f"... ({len(value)} items)"]
     return value
 
 
-def _extra(logs: Mapping[str, Any], index: int) -> dict[str, Any]:
+def _extra_values(logs: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Return ``{"extra": {name: value}}`` with the values that rewards passed to ``log_extra`` for
     the completion at ``index``. Without such values, return an empty mapping.
 

@@ -21,34 +21,34 @@ from toolkit.train.report.markup import escape
 if TYPE_CHECKING:
     from toolkit.train.report.log_files import RunFiles
 
-_HERE = Path(__file__).parent
+_FOLDER = Path(__file__).parent
 
 
 def render(run: RunFiles) -> str:
     """The report of a run as HTML."""
-    style = (_HERE / "page.css").read_text(encoding="utf-8")
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    style = (_FOLDER / "page.css").read_text(encoding="utf-8")
+    script = (_FOLDER / "page.js").read_text(encoding="utf-8")
     policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        f"default-src 'none'; style-src '{_csp_hash(style)}'; script-src '{_csp_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    kind, words = facts.status(run)
+    css_class, status_text = facts.status(run)
     model = section(run.config, "model").get("model_name") or "unknown model"
     reward, others = curves.reward_chart(run), curves.other_charts(run)
-    drawn = facts.evaluation(run) + "".join(
+    charts = facts.evaluation(run) + "".join(
         chart.chart_html(item, number) for number, item in enumerate(others, start=1)
     )
-    how = facts.setup(run) + facts.provenance(run) + facts.memory(run)
-    parts = [
+    setup_html = facts.setup(run) + facts.provenance(run) + facts.memory(run)
+    sections = [
         f"<header><div><h1>{escape(run.name)}</h1><p class=note>{escape(model)}</p></div>"
-        f"<span class='status {kind}'>{escape(words)}</span></header>",
+        f"<span class='status {css_class}'>{escape(status_text)}</span></header>",
         facts.tiles(run),
         facts.notices(run),
-        chart.chart_html(reward, 0) if reward else _nothing(run),
-        f"<div class=grid>{drawn}</div>" if drawn else "",
-        samples.completions(run),
-        f"<h2>How it was run</h2><div class=grid>{how}</div>" if how else "",
-        facts.folded(run),
+        chart.chart_html(reward, 0) if reward else _no_curves_note(run),
+        f"<div class=grid>{charts}</div>" if charts else "",
+        samples.samples_html(run),
+        f"<h2>How it was run</h2><div class=grid>{setup_html}</div>" if setup_html else "",
+        facts.full_documents(run),
         f"<footer>grpo-toolkit {escape(__version__)}: this file is self-contained</footer>",
     ]
     return (
@@ -58,15 +58,15 @@ def render(run: RunFiles) -> str:
         '<meta name="color-scheme" content="light dark">'
         '<meta name="referrer" content="no-referrer">'
         f"<title>{escape(run.name)}</title><style>{style}</style></head>\n<body><main>"
-        + "\n".join(part for part in parts if part)
+        + "\n".join(part for part in sections if part)
         + f"</main>\n<script>{script}</script></body></html>\n"
     )
 
 
-def _nothing(run: RunFiles) -> str:
-    why = "no reward was logged" if run.metrics else "no step has been logged yet"
-    return f"<section class=card><p class=note>There are no curves to show: {why}.</p></section>"
+def _no_curves_note(run: RunFiles) -> str:
+    reason = "no reward was logged" if run.metrics else "no step has been logged yet"
+    return f"<section class=card><p class=note>There are no curves to show: {reason}.</p></section>"
 
 
-def _hash(content: str) -> str:
+def _csp_hash(content: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

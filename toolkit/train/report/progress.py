@@ -41,9 +41,9 @@ class Progress:
     def __init__(self, stream: TextIO, total: int, every: int | None = None) -> None:
         self.stream, self.total = stream, max(1, total)
         self.every = max(1, every or -(-self.total // LOG_FILE_LINES))
-        self.live = can_overwrite_lines(stream)
+        self.overwrites_lines = can_overwrite_lines(stream)
         self._step_s: float | None = None
-        self._open = False
+        self._line_is_open = False
 
     def __call__(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
         """Show a training step or an evaluation.
@@ -52,26 +52,26 @@ class Progress:
         for an evaluation.
         """
         if timings is None:
-            self.keep(evaluation_line(row))
+            self.print_line(evaluation_line(row))
             return
         step, step_s = row["step"], timings["step_s"]
-        old = step_s if self._step_s is None else self._step_s
-        self._step_s = SMOOTHING * old + (1 - SMOOTHING) * step_s
+        previous_s = step_s if self._step_s is None else self._step_s
+        self._step_s = SMOOTHING * previous_s + (1 - SMOOTHING) * step_s
         left_s = (self.total - step) * self._step_s
         line = step_line(row, timings, self.total, left_s)
         if step == 1 or step % self.every == 0 or step == self.total:
-            self.keep(line)
-        elif self.live:
+            self.print_line(line)
+        elif self.overwrites_lines:
             width = shutil.get_terminal_size().columns - 1
             self.stream.write(f"\r\x1b[K{line[:width]}")
             self.stream.flush()
-            self._open = True
+            self._line_is_open = True
 
-    def keep(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print ``line`` as a permanent line (a line that is not overwritten later)."""
-        self.stream.write(f"\r\x1b[K{line}\n" if self._open else f"{line}\n")
+        self.stream.write(f"\r\x1b[K{line}\n" if self._line_is_open else f"{line}\n")
         self.stream.flush()
-        self._open = False
+        self._line_is_open = False
 
 
 def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, left_s: float) -> str:
@@ -107,9 +107,9 @@ def evaluation_line(row: Mapping[str, Any]) -> str:
     return f"evaluation at step {row['step']}: reward {reward}, length {length}"
 
 
-def format_number(value: Any, form: str) -> str:
-    """Format ``value`` with the format specification ``form``, for example ``8.4f``. If ``value``
-    is not a number, return a dash of the same width.
+def format_number(value: Any, format_spec: str) -> str:
+    """Format ``value`` with the format specification ``format_spec``, for example ``8.4f``. If
+    ``value`` is not a number, return a dash of the same width.
     """
-    width = int(form.split(".")[0] or 1)
-    return format(value, form) if isinstance(value, (int, float)) else "-".rjust(width)
+    width = int(format_spec.split(".")[0] or 1)
+    return format(value, format_spec) if isinstance(value, (int, float)) else "-".rjust(width)

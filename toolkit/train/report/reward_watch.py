@@ -23,52 +23,52 @@ if TYPE_CHECKING:
 COUNT_METRIC = "steps_without_signal"
 MAX_STEPS_WITHOUT_SIGNAL = 20
 _TAIL_BYTES = 1 << 16
-_MOST_STEPS = 1 << 40
+_MAX_STEPS = 1 << 40
 
 
 class RewardWatch:
-    """Counts consecutive steps without a training signal, and warns about them. ``say`` prints a
-    line on the terminal.
+    """Counts consecutive steps without a training signal, and warns about them. ``print_line``
+    prints a line on the terminal.
     """
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path, print_line: Callable[[str], None]) -> None:
         """Read the number of consecutive steps without a training signal from the last row of
         metrics.jsonl. A resumed run continues to count these steps. Raises OSError.
         """
-        self.say = say
-        self.count = _last_count(run_dir / "metrics.jsonl")
-        self.said: set[str] = set()
-        self.any_signal = False
-        self.last: Mapping[str, Any] = {}
+        self.print_line = print_line
+        self.count = _read_last_count(run_dir / "metrics.jsonl")
+        self.printed: set[str] = set()
+        self.has_signal = False
+        self.last_row: Mapping[str, Any] = {}
 
-    def see(self, row: dict[str, Any]) -> None:
+    def check_row(self, row: dict[str, Any]) -> None:
         """Check a new row of metrics.jsonl, and warn if needed. If the step has no training signal,
         add the number of consecutive steps without a signal to the row.
         """
         if "loss" not in row or "reward" not in row:
             return  # an evaluation, or a step that trains on the completions of an earlier step
-        unscored = row["reward"] is None
-        flat = row.get("frac_reward_zero_std") == 1
-        self.count = self.count + 1 if unscored or flat else 0
-        self.last, self.any_signal = row, self.any_signal or not self.count
+        is_unscored = row["reward"] is None
+        has_equal_rewards = row.get("frac_reward_zero_std") == 1
+        self.count = self.count + 1 if is_unscored or has_equal_rewards else 0
+        self.last_row, self.has_signal = row, self.has_signal or not self.count
         if self.count:
             row[COUNT_METRIC] = self.count
-        if unscored:
-            self._once("unscored", unscored_warning(row))
+        if is_unscored:
+            self._print_once("unscored", unscored_warning(row))
         elif self.count >= MAX_STEPS_WITHOUT_SIGNAL:
-            self._once("flat", equal_rewards_warning(row, self.count))
+            self._print_once("flat", equal_rewards_warning(row, self.count))
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """At the end of training, print a warning if no step had a training signal and no warning
         was printed before.
         """
-        if self.count and not self.any_signal and not self.said:
-            self._once("flat", equal_rewards_warning(self.last, self.count))
+        if self.count and not self.has_signal and not self.printed:
+            self._print_once("flat", equal_rewards_warning(self.last_row, self.count))
 
-    def _once(self, kind: str, text: str) -> None:
-        if kind not in self.said:
-            self.said.add(kind)
-            self.say(text)
+    def _print_once(self, kind: str, text: str) -> None:
+        if kind not in self.printed:
+            self.printed.add(kind)
+            self.print_line(text)
 
 
 def unscored_warning(row: Mapping[str, Any]) -> str:
@@ -83,12 +83,12 @@ def unscored_warning(row: Mapping[str, Any]) -> str:
 
 def equal_rewards_warning(row: Mapping[str, Any], count: int) -> str:
     """The warning for ``count`` consecutive steps in which all rewards of each group were equal."""
-    facts = [f"reward {_shown(row.get('reward'))} on average"]
+    facts = [f"reward {_reward_text(row.get('reward'))} on average"]
     if row.get("completions/clipped_ratio") is not None:
         share = 100 * row["completions/clipped_ratio"]
         facts.append(f"{share:.0f}% of completions cut at grpo.max_completion_length")
     return (
-        f"warning: for {_steps(count)} all completions of each prompt had the same reward, "
+        f"warning: for {_steps_text(count)} all completions of each prompt had the same reward, "
         f"so the model learns nothing from the rewards.\n  step {row['step']}: {', '.join(facts)}\n"
         "  likely causes: the task is too hard or too easy for the model; the reward cannot read "
         "the answers (wrong format, or cut at the limit); the completions are too similar\n  what "
@@ -97,15 +97,15 @@ def equal_rewards_warning(row: Mapping[str, Any], count: int) -> str:
     )
 
 
-def _steps(count: int) -> str:
+def _steps_text(count: int) -> str:
     return f"{count} steps in a row" if count > 1 else "one step"
 
 
-def _shown(value: Any) -> str:
+def _reward_text(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, (int, float)) else "-"
 
 
-def _last_count(path: Path) -> int:
+def _read_last_count(path: Path) -> int:
     """The number ``steps_without_signal`` in the last training row of metrics.jsonl, or 0."""
     if not path.is_file():
         return 0
@@ -119,5 +119,5 @@ def _last_count(path: Path) -> int:
             continue
         if isinstance(row, dict) and "loss" in row and "reward" in row:
             count = row.get(COUNT_METRIC, 0)
-            return count if isinstance(count, int) and 0 <= count < _MOST_STEPS else 0
+            return count if isinstance(count, int) and 0 <= count < _MAX_STEPS else 0
     return 0

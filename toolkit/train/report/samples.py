@@ -17,9 +17,9 @@ MAX_COMPLETIONS = 4
 MAX_CHARACTERS = 1500
 
 
-def completions(run: RunFiles) -> str:
+def samples_html(run: RunFiles) -> str:
     """The HTML of the completions, with one column per selected step. Empty without completions."""
-    columns = [_step(step, rows) for step, rows in sorted(run.samples.items())]
+    columns = [_step_html(step, rows) for step, rows in sorted(run.samples.items())]
     if not columns:
         return ""
     note = "a few steps with some of their prompts; the best completion of a prompt comes first"
@@ -27,18 +27,18 @@ def completions(run: RunFiles) -> str:
     return f"<h2>Completions</h2><p class=note>{note}</p><div class=samples>{inner}</div>"
 
 
-def _step(step: int, rows: list[dict[str, Any]]) -> str:
+def _step_html(step: int, rows: list[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps(row.get("prompt"), sort_keys=True), []).append(row)
-    average = short_number(mean([finite_number(row.get("reward")) for row in rows]))
-    chosen = sorted(groups.values(), key=lambda group: -_spread(group))[:MAX_PROMPTS]
-    body = "".join(_group(group) for group in chosen)
-    head = f"<h3>Step {step}<small>mean reward {escape(average)}</small></h3>"
+    mean_reward = short_number(mean([finite_number(row.get("reward")) for row in rows]))
+    shown_groups = sorted(groups.values(), key=lambda group: -_reward_range(group))[:MAX_PROMPTS]
+    body = "".join(_group_html(group) for group in shown_groups)
+    head = f"<h3>Step {step}<small>mean reward {escape(mean_reward)}</small></h3>"
     return f"<section class='card sample'>{head}{body}</section>"
 
 
-def _spread(group: list[dict[str, Any]]) -> float:
+def _reward_range(group: list[dict[str, Any]]) -> float:
     """The difference between the best and the worst reward of a group.
 
     Groups with a large difference are shown first, because the model learns most from them.
@@ -47,42 +47,42 @@ def _spread(group: list[dict[str, Any]]) -> float:
     return max(rewards) - min(rewards)
 
 
-def _group(group: list[dict[str, Any]]) -> str:
-    same: dict[str, list[dict[str, Any]]] = {}
+def _group_html(group: list[dict[str, Any]]) -> str:
+    by_completion: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(group, key=lambda row: -(finite_number(row.get("reward")) or 0.0)):
-        same.setdefault(json.dumps(row.get("completion"), sort_keys=True), []).append(row)
-    shown = list(same.values())
-    if len(shown) > MAX_COMPLETIONS:  # the best, and the worst for contrast
-        shown = [*shown[: MAX_COMPLETIONS - 1], shown[-1]]
-    prompt = f"<div class=prompt>{_said(group[0].get('prompt'))}</div>"
-    return prompt + "".join(_completion(rows[0], len(rows)) for rows in shown)
+        by_completion.setdefault(json.dumps(row.get("completion"), sort_keys=True), []).append(row)
+    shown_completions = list(by_completion.values())
+    if len(shown_completions) > MAX_COMPLETIONS:  # the best, and the worst for contrast
+        shown_completions = [*shown_completions[: MAX_COMPLETIONS - 1], shown_completions[-1]]
+    prompt = f"<div class=prompt>{_message_html(group[0].get('prompt'))}</div>"
+    return prompt + "".join(_completion_html(rows[0], len(rows)) for rows in shown_completions)
 
 
-def _completion(row: dict[str, Any], count: int) -> str:
+def _completion_html(row: dict[str, Any], count: int) -> str:
     reward, advantage = finite_number(row.get("reward")), finite_number(row.get("advantage"))
-    kind = "none" if advantage is None or advantage == 0 else "up" if advantage > 0 else "down"
-    chips = [f"advantage {short_number(advantage)}"] if advantage is not None else []
-    chips += [
+    css_class = "none" if advantage is None or advantage == 0 else "up" if advantage > 0 else "down"
+    labels = [f"advantage {short_number(advantage)}"] if advantage is not None else []
+    labels += [
         f"{name} {short_number(finite_number(value))}"
         for name, value in section(row, "rewards").items()
     ]
-    chips += [f"{count} times"] if count > 1 else []
-    head = "".join(f"<span>{escape(chip)}</span>" for chip in chips)
+    labels += [f"{count} times"] if count > 1 else []
+    head = "".join(f"<span>{escape(label)}</span>" for label in labels)
     return (
-        f"<div class='completion {kind}'><p class=chips><b>{escape(short_number(reward))}</b>"
-        f"{head}</p><pre>{_said(row.get('completion'))}</pre></div>"
+        f"<div class='completion {css_class}'><p class=chips><b>{escape(short_number(reward))}</b>"
+        f"{head}</p><pre>{_message_html(row.get('completion'))}</pre></div>"
     )
 
 
-def _said(value: Any) -> str:
+def _message_html(value: Any) -> str:
     """The HTML of a text, or of the messages of a chat with their roles."""
     if not isinstance(value, list):
-        shown = value if isinstance(value, str) else "" if value is None else json.dumps(value)
-        return escape_start(shown, MAX_CHARACTERS) or "<i class=more>empty</i>"
+        plain_text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
+        return escape_start(plain_text, MAX_CHARACTERS) or "<i class=more>empty</i>"
     messages = [message for message in value if isinstance(message, dict)]
     if len(messages) == 1 and messages[0].get("role") == "assistant":
-        return _said(messages[0].get("content"))
+        return _message_html(messages[0].get("content"))
     return "".join(
-        f"<i class=role>{escape(message.get('role'))}</i>{_said(message.get('content'))}\n"
+        f"<i class=role>{escape(message.get('role'))}</i>{_message_html(message.get('content'))}\n"
         for message in messages
     )

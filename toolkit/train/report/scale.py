@@ -24,10 +24,10 @@ def reduce_points(
     Several consecutive points are replaced by one point. It has the mean of their values, and the x
     value of the last point.
     """
-    size = -(-len(xs) // MAX_POINTS) or 1
-    starts = range(0, len(xs), size)
-    means = [[mean(column[start : start + size]) for start in starts] for column in columns]
-    return [xs[min(start + size, len(xs)) - 1] for start in starts], means
+    group_size = -(-len(xs) // MAX_POINTS) or 1
+    starts = range(0, len(xs), group_size)
+    means = [[mean(column[start : start + group_size]) for start in starts] for column in columns]
+    return [xs[min(start + group_size, len(xs)) - 1] for start in starts], means
 
 
 def smooth(values: Sequence[float | None], window: int) -> Values:
@@ -38,13 +38,13 @@ def smooth(values: Sequence[float | None], window: int) -> Values:
     half = window // 2
     if not half:
         return list(values)
-    middles: Values = [
+    medians: Values = [
         None if value is None else _median(values[max(0, i - half) : i + half + 1])
         for i, value in enumerate(values)
     ]
     return [
-        None if value is None else mean(middles[max(0, i - half) : i + half + 1])
-        for i, value in enumerate(middles)
+        None if value is None else mean(medians[max(0, i - half) : i + half + 1])
+        for i, value in enumerate(medians)
     ]
 
 
@@ -62,41 +62,44 @@ def smoothing_window(count: int) -> int:
 
 def mean(values: Sequence[float | None]) -> float | None:
     """The mean of the values that are not None. None if there are no such values."""
-    there = [value for value in values if value is not None]
-    return math.fsum(there) / len(there) if there else None
+    known_values = [value for value in values if value is not None]
+    return math.fsum(known_values) / len(known_values) if known_values else None
 
 
-def axis_range(values: Sequence[float | None], *, zero: bool = False) -> tuple[float, float]:
+def axis_range(values: Sequence[float | None], *, from_zero: bool = False) -> tuple[float, float]:
     """The range (low, high) of an axis for the values.
 
-    The range may exclude a few values that are far from all other values. With ``zero``, the range
-    begins at 0 or below (for stacked areas).
+    The range may exclude a few values that are far from all other values. With ``from_zero``, the
+    range begins at 0 or below (for stacked areas).
     """
-    there = sorted(value for value in values if value is not None)
-    if not there:
+    known_values = sorted(value for value in values if value is not None)
+    if not known_values:
         return 0.0, 1.0
-    low, high = there[0], there[-1]
-    if len(there) >= 50:
-        inner_low, inner_high = there[len(there) // 100], there[-1 - len(there) // 100]
-        reach = 3 * (inner_high - inner_low)
-        if reach > 0:
-            low, high = max(low, inner_low - reach), min(high, inner_high + reach)
-    if zero:
+    low, high = known_values[0], known_values[-1]
+    if len(known_values) >= 50:
+        inner_low, inner_high = (
+            known_values[len(known_values) // 100],
+            known_values[-1 - len(known_values) // 100],
+        )
+        margin = 3 * (inner_high - inner_low)
+        if margin > 0:
+            low, high = max(low, inner_low - margin), min(high, inner_high + margin)
+    if from_zero:
         low = min(0.0, low)
     if high - low < 1e-12 * max(abs(high), abs(low), 1e-12) or high == low:
         pad = abs(high) * 0.1 or 1.0
-        return (low if zero and low == 0 else low - pad), high + pad
+        return (low if from_zero and low == 0 else low - pad), high + pad
     pad = 0.06 * (high - low)
-    return (low if zero and low == 0 else low - pad), high + pad
+    return (low if from_zero and low == 0 else low - pad), high + pad
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About ``count`` round numbers inside the range, for an axis."""
-    raw = (high - low) / max(1, count)
-    if not math.isfinite(raw) or raw <= 0:
+    raw_step = (high - low) / max(1, count)
+    if not math.isfinite(raw_step) or raw_step <= 0:
         return []
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next((m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw), 10 * power)
+    power = 10.0 ** math.floor(math.log10(raw_step))
+    step = next((m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw_step), 10 * power)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
@@ -106,22 +109,22 @@ def short_number(value: float | None, digits: int = 3) -> str:
     """A number in short form: 0.713, 12.3k, 4.0M, 1.5e-06."""
     if value is None:
         return "–"  # noqa: RUF001 - a dash for a missing value
-    size = abs(value)
-    if size >= 999_500_000 or 0 < size < 5e-4:
+    magnitude = abs(value)
+    if magnitude >= 999_500_000 or 0 < magnitude < 5e-4:
         return f"{value:.{max(digits - 2, 0)}e}".replace("e-0", "e-").replace("e+", "e")
     for limit, letter in ((999_500, "M"), (9_995, "k")):
-        if size >= limit:
+        if magnitude >= limit:
             scale = 1e6 if letter == "M" else 1e3
             return f"{value / scale:.{digits}g}{letter}"
-    text = f"{value:.{digits}g}" if size < 1000 else f"{value:.0f}"
+    text = f"{value:.{digits}g}" if magnitude < 1000 else f"{value:.0f}"
     return text.replace("-0", "0") if float(text) == 0 else text
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
     """The labels of the ticks, with enough digits to show the equal distances between the ticks."""
     for digits in range(3, 8):
-        shown = [short_number(value, digits) for value in values]
+        texts = [short_number(value, digits) for value in values]
         rounded = (float(f"{value:.{digits}g}") for value in values)
-        if len(set(shown)) == len(shown) and all(map(math.isclose, rounded, values)):
+        if len(set(texts)) == len(texts) and all(map(math.isclose, rounded, values)):
             break
-    return shown if values else []
+    return texts if values else []

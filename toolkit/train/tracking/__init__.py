@@ -38,17 +38,17 @@ trackers use transformers' callbacks.
 TABLES_PER_RUN = 20
 """Approximate number of completion tables of a whole run."""
 TABLE_ROWS = 16
-FLUSH_S, STOPPED_S = 30.0, 5.0
+CLOSE_LIMIT_S, STOPPED_CLOSE_LIMIT_S = 30.0, 5.0
 """The seconds that a run waits for its trackers: at its normal end, and after a signal stopped
 it.
 """
 
 
-def tracker_names(asked: Any) -> list[str]:
-    """Return the names of the trackers that ``asked`` requests. ``asked`` is the value of
+def tracker_names(report_to: Any) -> list[str]:
+    """Return the names of the trackers that ``report_to`` requests. ``report_to`` is the value of
     ``grpo.report_to``, in which "all" means all installed trackers.
     """
-    names = [asked] if isinstance(asked, str) else list(asked or ())
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
     if names == ["all"]:
         return [name for name, package in TRACKERS.items() if package and is_installed(package)]
     return [name for name in names if name != "none"]
@@ -60,15 +60,15 @@ class Tracking:
     """
 
     def __init__(
-        self, lanes: Sequence[TrackerThread], say: Callable[[str], None], total: int
+        self, threads: Sequence[TrackerThread], print_line: Callable[[str], None], total: int
     ) -> None:
-        """``say`` is a function that prints a line on the terminal. ``total`` is the number of
-        steps of the whole run.
+        """``print_line`` is a function that prints a line on the terminal. ``total`` is the number
+        of steps of the whole run.
         """
-        self.lanes, self._say = list(lanes), say
-        self._every = max(1, total // TABLES_PER_RUN)
+        self.threads, self._print_line = list(threads), print_line
+        self._table_interval = max(1, total // TABLES_PER_RUN)
 
-    def row(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
+    def log_row(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
         """Send the numbers in ``row``, a row of metrics.jsonl, to the trackers.
 
         For a training step, ``timings`` is the step's row of timings.jsonl. The numbers in
@@ -82,49 +82,49 @@ class Tracking:
         numbers = {
             name: float(value) for name, value in values.items() if isinstance(value, (int, float))
         }
-        for lane in self.lanes:
-            lane.put("row", step, numbers)
-        self._tell()
+        for thread in self.threads:
+            thread.queue_call("log_row", step, numbers)
+        self._print_messages()
 
-    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send the first completions of a step to the trackers as a table. For most steps, nothing
         is sent.
 
         ``rows`` are the rows of completions.jsonl for the step.
         """
-        if step != 1 and step % self._every:
+        if step != 1 and step % self._table_interval:
             return
         table = [flat_completion(row) for row in rows[:TABLE_ROWS]]
-        for lane in self.lanes:
-            lane.put("table", step, table)
+        for thread in self.threads:
+            thread.queue_call("log_table", step, table)
 
     def close(self, *, stopped: bool) -> None:
         """Close the trackers. Wait a limited time until they have sent all rows and tables, then
         drop the rest. The time is shorter if a signal stopped the run (``stopped``).
         """
-        for lane in self.lanes:
-            lane.finish()
-        seconds = STOPPED_S if stopped else FLUSH_S
-        for lane in self.lanes:
-            seconds = lane.wait(seconds)
-        self._tell()
+        for thread in self.threads:
+            thread.finish()
+        seconds = STOPPED_CLOSE_LIMIT_S if stopped else CLOSE_LIMIT_S
+        for thread in self.threads:
+            seconds = thread.wait(seconds)
+        self._print_messages()
 
-    def _tell(self) -> None:
-        for lane in self.lanes:
-            for line in lane.news():
-                self._say(f"tracker {lane.tracker}: {line}")
+    def _print_messages(self) -> None:
+        for thread in self.threads:
+            for line in thread.new_messages():
+                self._print_line(f"tracker {thread.tracker}: {line}")
 
 
 def flat_completion(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of completions.jsonl as a flat mapping. Each reward is a separate column, and
     chats are JSON texts.
     """
-    found = {name: value for name, value in row.items() if name not in ("rewards", "extra")}
+    columns = {name: value for name, value in row.items() if name not in ("rewards", "extra")}
     for name, value in (row.get("rewards") or {}).items():
-        found[f"reward/{name}"] = value
+        columns[f"reward/{name}"] = value
     return {
         name: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
-        for name, value in found.items()
+        for name, value in columns.items()
     }
 
 
@@ -135,7 +135,7 @@ def open_tracking(
     run_dir: Path,
     step: int | None,
     total: int,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> Tracking | None:
     """Start the trackers that ``grpo.report_to`` names. Return None if it does not name any
     tracker.
@@ -145,11 +145,15 @@ def open_tracking(
     names = tracker_names(config.grpo.get("report_to"))
     if not names:
         return None
-    described = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    start = open_run_info(config, run_dir, redact_tree(described), step=step)
-    lanes = []
+    run_config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    run_info = open_run_info(config, run_dir, redact_tree(run_config), step=step)
+    threads = []
     for name in names:
-        kind = TRACKER_CLASSES.get(name)
-        made = partial(UpstreamTracker, name, trainer) if kind is None else partial(kind, start)
-        lanes.append(TrackerThread(name, made))
-    return Tracking(lanes, say, total)
+        tracker_class = TRACKER_CLASSES.get(name)
+        make_tracker = (
+            partial(UpstreamTracker, name, trainer)
+            if tracker_class is None
+            else partial(tracker_class, run_info)
+        )
+        threads.append(TrackerThread(name, make_tracker))
+    return Tracking(threads, print_line, total)

@@ -26,39 +26,39 @@ class TrackerThread:
     """One tracker, its thread, and the queue of calls for the tracker. The function ``make``
     creates the tracker in the thread.
 
-    A tracker has the methods ``row(step, numbers)``, ``table(step, rows)`` and ``close()``. Its
-    attribute ``note`` is a text that says where the tracker writes.
+    A tracker has the methods ``log_row(step, numbers)``, ``log_table(step, rows)`` and ``close()``.
+    Its attribute ``destination`` is a text that says where the tracker writes.
     """
 
-    def __init__(self, tracker: str, make: Callable[[], Any]) -> None:
-        self.tracker, self._make = tracker, make
+    def __init__(self, tracker: str, make_tracker: Callable[[], Any]) -> None:
+        self.tracker, self._make_tracker = tracker, make_tracker
         self._calls: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue(MAX_QUEUED_CALLS)
-        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._left_out = 0
-        self._over = threading.Event()
+        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._dropped_calls = 0
+        self._stopped = threading.Event()
         # A daemon thread, because a tracker that hangs must not keep the process alive.
         self._thread = threading.Thread(
-            target=self._work, name=f"{THREAD_NAME_PREFIX}{tracker}", daemon=True
+            target=self._run, name=f"{THREAD_NAME_PREFIX}{tracker}", daemon=True
         )
         self._thread.start()
 
-    def put(self, method: str, *arguments: Any) -> None:
+    def queue_call(self, method: str, *arguments: Any) -> None:
         """Add a call of the tracker's method ``method`` to the queue. If the queue is full, the
         call is dropped.
         """
-        if self._over.is_set():
+        if self._stopped.is_set():
             return
         try:
             self._calls.put_nowait((method, arguments))
         except queue.Full:
-            self._left_out += 1
+            self._dropped_calls += 1
 
     def finish(self) -> None:
         """Tell the thread to close the tracker after all queued calls."""
         try:
             self._calls.put_nowait(None)
         except queue.Full:
-            self._over.set()
+            self._stopped.set()
 
     def wait(self, seconds: float) -> float:
         """Wait until the thread ends, but at most ``seconds``. Return the seconds that are left."""
@@ -66,39 +66,39 @@ class TrackerThread:
         self._thread.join(max(0.0, seconds))
         if self._thread.is_alive():
             waiting = self._calls.qsize()
-            self._over.set()
-            self._news.put(
+            self._stopped.set()
+            self._messages.put(
                 f"did not finish in time; {waiting} updates were not sent, but metrics.jsonl "
                 "contains every row"
             )
-        if self._left_out:
-            self._news.put(
-                f"too slow: {self._left_out} updates were not sent, but metrics.jsonl contains "
-                "every row"
+        if self._dropped_calls:
+            self._messages.put(
+                f"too slow: {self._dropped_calls} updates were not sent, but metrics.jsonl "
+                "contains every row"
             )
-            self._left_out = 0
+            self._dropped_calls = 0
         return max(0.0, seconds - (monotonic() - begin))
 
-    def news(self) -> list[str]:
+    def new_messages(self) -> list[str]:
         """Return the messages about the tracker since the previous call of this method, one line
         each.
         """
         lines = []
-        while not self._news.empty():
-            lines.append(self._news.get())
+        while not self._messages.empty():
+            lines.append(self._messages.get())
         return lines
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            tracker = self._make()
+            tracker = self._make_tracker()
         except BaseException as error:  # noqa: BLE001 - no error of a tracker may stop the run
-            self._give_up(error, "could not start")
+            self._report_failure(error, "could not start")
             return
-        if getattr(tracker, "note", None):
-            self._news.put(tracker.note)
+        if getattr(tracker, "destination", None):
+            self._messages.put(tracker.destination)
         failures = 0
         while (call := self._calls.get()) is not None:
-            if self._over.is_set():
+            if self._stopped.is_set():
                 break
             try:
                 getattr(tracker, call[0])(*call[1])
@@ -106,26 +106,26 @@ class TrackerThread:
             except BaseException as error:  # noqa: BLE001 - as above
                 failures += 1
                 if failures == MAX_FAILURES:
-                    self._give_up(error, f"failed {MAX_FAILURES} times in a row")
+                    self._report_failure(error, f"failed {MAX_FAILURES} times in a row")
                     return
         try:
             tracker.close()
         except BaseException as error:  # noqa: BLE001 - as above
-            self._give_up(error, "could not be closed")
-        self._over.set()
+            self._report_failure(error, "could not be closed")
+        self._stopped.set()
 
-    def _give_up(self, error: BaseException, what: str) -> None:
-        self._over.set()
-        kind = type(error).__name__
-        self._news.put(
+    def _report_failure(self, error: BaseException, problem: str) -> None:
+        self._stopped.set()
+        error_class = type(error).__name__
+        self._messages.put(
             redact(
-                f"{what}: {kind}: {_text(error)}; the run continues without this tracker, and"
-                " metrics.jsonl contains every row"
+                f"{problem}: {error_class}: {_error_text(error)}; the run continues without "
+                "this tracker, and metrics.jsonl contains every row"
             )
         )
 
 
-def _text(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     try:
         return first_line(error)
     except Exception:  # noqa: BLE001 - the error's __str__ is code of the tracker and may raise

@@ -49,20 +49,20 @@ class RunInfo:
     step: int = 0
     resumed: bool = False
     trackio: Mapping[str, Any] = field(default_factory=dict)
-    ids: dict[str, str] = field(default_factory=dict)
+    tracker_ids: dict[str, str] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.Lock)
 
-    def remember(self, tracker: str, value: str) -> None:
+    def save_tracker_id(self, tracker: str, value: str) -> None:
         """Write an id to trackers.json, so that a resumed run can read it. ``value`` is the id that
         the tracker ``tracker`` gave to this run. Raises OSError.
         """
         with self.lock:
-            self.ids[tracker] = value
-            _write(self.run_dir, self.run_id, self.ids)
+            self.tracker_ids[tracker] = value
+            _write_ids(self.run_dir, self.run_id, self.tracker_ids)
 
 
 def open_run_info(
-    config: RunConfig, run_dir: Path, described: Mapping[str, Any], *, step: int | None
+    config: RunConfig, run_dir: Path, run_config: Mapping[str, Any], *, step: int | None
 ) -> RunInfo:
     """Return the values with which the trackers of a run start. Write the id of the run, and the
     ids that the trackers gave to it, to trackers.json in ``run_dir``.
@@ -70,41 +70,41 @@ def open_run_info(
     A resumed run reads these ids from trackers.json. A new run (``step`` is None) gets a new id,
     and has no ids of trackers yet.
     """
-    kept = {} if step is None else _read(run_dir)
-    run_id = str(kept.get("run_id") or uuid4().hex[:8])
-    ids = {str(k): str(v) for k, v in kept.items() if k != "run_id"}
-    made = RunInfo(
+    stored = {} if step is None else _read_ids(run_dir)
+    run_id = str(stored.get("run_id") or uuid4().hex[:8])
+    tracker_ids = {str(k): str(v) for k, v in stored.items() if k != "run_id"}
+    run_info = RunInfo(
         run_dir=run_dir,
         project=str(config.grpo.get("project") or DEFAULT_PROJECT),
         name=str(config.grpo.get("run_name") or run_dir.resolve().name),
         run_id=run_id,
-        config=described,
+        config=run_config,
         step=step or 0,
-        resumed=bool(kept),
+        resumed=bool(stored),
         trackio={name: config.grpo.get(f"trackio_{name}") for name in TRACKIO_KEYS},
-        ids=ids,
+        tracker_ids=tracker_ids,
     )
-    _write(run_dir, run_id, ids)
-    return made
+    _write_ids(run_dir, run_id, tracker_ids)
+    return run_info
 
 
-def _read(run_dir: Path) -> dict[str, Any]:
+def _read_ids(run_dir: Path) -> dict[str, Any]:
     try:
         return read_json_object(run_dir / TRACKERS_FILE)
     except InputError:
         return {}
 
 
-def _write(run_dir: Path, run_id: str, ids: Mapping[str, str]) -> None:
+def _write_ids(run_dir: Path, run_id: str, ids: Mapping[str, str]) -> None:
     write_file(run_dir / TRACKERS_FILE, json.dumps({"run_id": run_id, **ids}, indent=2) + "\n")
 
 
 def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the nested mapping ``config`` as a flat mapping with dotted keys."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            found |= flat_config(value, f"{prefix}{name}.")
+            flat |= flat_config(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value
-    return found
+            flat[f"{prefix}{name}"] = value
+    return flat

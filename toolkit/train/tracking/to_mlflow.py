@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from toolkit.train.tracking.start import RunInfo
 
 FOLDER = "mlruns"
-LONGEST = 500  # the maximum number of characters of a parameter's value
-AT_ONCE = 100  # the maximum number of parameters in one call
+MAX_VALUE_CHARACTERS = 500  # the maximum number of characters of a parameter's value
+PARAMETERS_PER_CALL = 100  # the maximum number of parameters in one call
 
 
 class MlflowTracker:
@@ -25,38 +25,44 @@ class MlflowTracker:
     the artifacts of the MLflow run.
     """
 
-    def __init__(self, start: RunInfo) -> None:
+    def __init__(self, run_info: RunInfo) -> None:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
             # MLflow 3 needs this setting to use a folder of files and not a database.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-            uri = (start.run_dir.resolve() / FOLDER).as_uri()
+            uri = (run_info.run_dir.resolve() / FOLDER).as_uri()
         import mlflow  # noqa: PLC0415 - takes seconds, so only for runs that use it
         from mlflow.entities import Metric, Param  # noqa: PLC0415 - as above
 
         self._metric = Metric
         self._client = mlflow.MlflowClient(tracking_uri=uri)
-        self.note = f"{uri}"
-        known = start.ids.get("mlflow") if start.resumed else None
-        if known is not None:
-            self._run_id = known
-            self._client.update_run(known, status="RUNNING")
+        self.destination = f"{uri}"
+        earlier_run_id = run_info.tracker_ids.get("mlflow") if run_info.resumed else None
+        if earlier_run_id is not None:
+            self._run_id = earlier_run_id
+            self._client.update_run(earlier_run_id, status="RUNNING")
             return
-        found = self._client.get_experiment_by_name(start.project)
-        experiment = found.experiment_id if found else self._client.create_experiment(start.project)
-        self._run_id = self._client.create_run(experiment, run_name=start.name).info.run_id
-        start.remember("mlflow", self._run_id)
-        values = [Param(k, str(v)[:LONGEST]) for k, v in flat_config(start.config).items()]
-        for begin in range(0, len(values), AT_ONCE):
-            self._client.log_batch(self._run_id, params=values[begin : begin + AT_ONCE])
+        existing = self._client.get_experiment_by_name(run_info.project)
+        experiment = (
+            existing.experiment_id if existing else self._client.create_experiment(run_info.project)
+        )
+        self._run_id = self._client.create_run(experiment, run_name=run_info.name).info.run_id
+        run_info.save_tracker_id("mlflow", self._run_id)
+        parameters = [
+            Param(k, str(v)[:MAX_VALUE_CHARACTERS]) for k, v in flat_config(run_info.config).items()
+        ]
+        for first in range(0, len(parameters), PARAMETERS_PER_CALL):
+            self._client.log_batch(
+                self._run_id, params=parameters[first : first + PARAMETERS_PER_CALL]
+            )
 
-    def row(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log_row(self, step: int, numbers: Mapping[str, float]) -> None:
         """Send the numbers of one training step or evaluation in one call."""
         now = int(time.time() * 1000)
         metrics = [self._metric(name, value, now, step) for name, value in numbers.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
-    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send the completions of a step as a separate file, because MLflow cannot append to a
         file.
         """

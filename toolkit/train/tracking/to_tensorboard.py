@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from toolkit.train.tracking.start import RunInfo
 
 FOLDER = "tensorboard"
-FLUSH_S = 10
-LONGEST = 2000  # the maximum number of characters of one cell of a table
+FLUSH_INTERVAL_S = 10
+MAX_CELL_CHARACTERS = 2000  # the maximum number of characters of one cell of a table
 
 
 class TensorBoardTracker:
@@ -23,26 +23,26 @@ class TensorBoardTracker:
     completions are written as texts.
     """
 
-    def __init__(self, start: RunInfo) -> None:
-        writer = _writer()
-        folder = start.run_dir / FOLDER
+    def __init__(self, run_info: RunInfo) -> None:
+        writer_class = _summary_writer_class()
+        folder = run_info.run_dir / FOLDER
         # With purge_step, TensorBoard hides the steps that an interrupted run logged after its
         # checkpoint. For a new run, it hides everything that an older run left in the folder.
-        self._writer = writer(
+        self._writer = writer_class(
             log_dir=str(folder),
-            purge_step=start.step + 1 if start.resumed else 0,
-            flush_secs=FLUSH_S,
+            purge_step=run_info.step + 1 if run_info.resumed else 0,
+            flush_secs=FLUSH_INTERVAL_S,
         )
-        self.note = f"tensorboard --logdir {folder}"
-        text = json.dumps(start.config, indent=2, default=str)
-        self._writer.add_text("config", f"```json\n{text}\n```", start.step + 1)
+        self.destination = f"tensorboard --logdir {folder}"
+        text = json.dumps(run_info.config, indent=2, default=str)
+        self._writer.add_text("config", f"```json\n{text}\n```", run_info.step + 1)
 
-    def row(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log_row(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write each number of a row as a scalar."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write completions as a Markdown table."""
         if rows:
             self._writer.add_text("completions", markdown(rows), step)
@@ -62,14 +62,14 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(value: Any) -> str:
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    text = text if len(text) <= MAX_CELL_CHARACTERS else f"{text[:MAX_CELL_CHARACTERS]}..."
     escaped = html.escape(text).replace("\\", "&#92;")
     for mark in "|`*_[]":
         escaped = escaped.replace(mark, f"&#{ord(mark)};")
     return escaped.replace("\n", "<br>")
 
 
-def _writer() -> Any:
+def _summary_writer_class() -> Any:
     """Return the class SummaryWriter of torch. If it is not available, return that of tensorboardX,
     which takes the same arguments.
     """

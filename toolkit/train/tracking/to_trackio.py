@@ -17,29 +17,29 @@ class TrackioTracker:
     name in trackio.
     """
 
-    def __init__(self, start: RunInfo) -> None:
+    def __init__(self, run_info: RunInfo) -> None:
         import trackio  # noqa: PLC0415 - takes seconds, so only for runs that use it
 
         self._trackio = trackio
         self._run = trackio.init(
-            project=start.project,
-            name=f"{start.name}-{start.run_id}",  # names are unique in a project
-            config=dict(start.config),
+            project=run_info.project,
+            name=f"{run_info.name}-{run_info.run_id}",  # names are unique in a project
+            config=dict(run_info.config),
             resume="allow",
-            space_id=start.trackio.get("space_id"),
-            bucket_id=start.trackio.get("bucket_id"),
+            space_id=run_info.trackio.get("space_id"),
+            bucket_id=run_info.trackio.get("bucket_id"),
             embed=False,
         )
-        self._start = start
-        space = start.trackio.get("space_id")
-        where = f"Space {space}" if space else "local"
-        self.note = f"{where}; view it with `trackio show --project {start.project}`"
+        self._run_info = run_info
+        space = run_info.trackio.get("space_id")
+        location = f"Space {space}" if space else "local"
+        self.destination = f"{location}; view it with `trackio show --project {run_info.project}`"
 
-    def row(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log_row(self, step: int, numbers: Mapping[str, float]) -> None:
         """Send the numbers of one training step or evaluation."""
         self._run.log(dict(numbers), step=step)
 
-    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send completions as a table."""
         if rows:
             names = list(rows[0])
@@ -52,12 +52,12 @@ class TrackioTracker:
         create that Space from the data of the run.
         """
         self._run.finish()
-        static = self._start.trackio.get("static_space_id")
+        static = self._run_info.trackio.get("static_space_id")
         if static:
             self._trackio.sync(
-                project=self._start.project,
+                project=self._run_info.project,
                 sdk="static",
                 space_id=static,
-                bucket_id=self._start.trackio.get("bucket_id"),
+                bucket_id=self._run_info.trackio.get("bucket_id"),
                 force=True,
             )
