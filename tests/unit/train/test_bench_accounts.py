@@ -39,7 +39,7 @@ def test_operations_are_counted_and_what_is_left_is_the_host() -> None:
     with record_kernels() as recorder:
         for _ in range(5):
             a = torch.mm(a, a) / 64
-    account = recorder.account(5)
+    account = recorder.kernel_times(5)
     shown = account.to_json()
     assert shown["kinds"]["matrix products"]["calls"] == 1
     assert 0 < account.busy_s <= account.wall_s
@@ -53,14 +53,14 @@ def test_operations_are_counted_and_what_is_left_is_the_host() -> None:
 def test_a_prefill_is_taken_off() -> None:
     long = KernelTimes(32, 4.0, {"attention": [2.0, 66], "other": [1.0, 4]})
     short = KernelTimes(1, 0.8, {"attention": [0.4, 2], "LoRA": [0.1, 1]})
-    left = long.less(short, 32)
+    left = long.subtract(short, 32)
     assert left.wall_s == pytest.approx(3.2)
     assert left.kinds == {"attention": [1.6, 64], "other": [1.0, 4]}
 
 
 def test_phases_end_with_what_vllm_logs() -> None:
     account = StartTimer()
-    account.mark("import torch")
+    account.end_phase("import torch")
     for text in ("Starting to load model %s...", "something", "init engine (profile, create %s"):
         account.emit(logging.LogRecord("vllm", logging.INFO, "", 0, text, ("x",), None))
     assert list(account.phases) == [

@@ -197,10 +197,10 @@ def test_results_are_read_again_and_a_complete_one_is_kept(tmp_path: Path) -> No
     SETTINGS.write(tmp_path / "settings.json")
     assert learn.read_results(tmp_path) == [complete]
     told: list[str] = []
-    learn._keep_or_clear(SETTINGS, tmp_path)
-    learn._train(SETTINGS, "ours", tmp_path, told.append, 1.0)
+    learn._discard_outdated(SETTINGS, tmp_path)
+    learn._train_arm(SETTINGS, "ours", tmp_path, told.append, 1.0)
     assert told == ["ours-1: the result of an earlier run is kept"]
-    learn._keep_or_clear(replace(SETTINGS, learning_rate=1.0), tmp_path)
+    learn._discard_outdated(replace(SETTINGS, learning_rate=1.0), tmp_path)
     assert learn.read_results(tmp_path) == []
 
 

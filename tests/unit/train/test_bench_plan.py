@@ -59,7 +59,7 @@ def test_no_more_memory_than_the_setting_by_hand(spec: ModelSpec, card: str, bat
     assert filled.ours_engine is not None
     share = filled.ours_engine["gpu_memory_utilization"]
     assert share <= given.gpu_memory_utilization
-    assert f"gpu_memory_utilization {share:g}" in filled.ours_plan
+    assert f"gpu_memory_utilization {share:g}" in filled.plan_text
     # The cache holds all sequences of a step, and little more.
     cache = share * device.cuda_total_bytes - (
         ours.interval.min * device.cuda_total_bytes - ours.engine.kv_sequence_bytes
@@ -72,7 +72,7 @@ def test_a_long_context_is_one_pass_with_its_prompt_once(spec: ModelSpec) -> Non
     given = Settings(model="m", **WORKLOADS["long-context"])
     filled = bench_plan.choose_settings(given, spec, _device("h100"))
     assert filled.ours_tokens == 16384 + 8 * 2048
-    assert "passes of at most 32,768 tokens" in filled.ours_plan
+    assert "passes of at most 32,768 tokens" in filled.plan_text
     # The engine stores one copy of the prompt, and 16-bit copies of the 4-bit weights fit.
     ours = bench_plan.solve_settings(filled, spec, _device("h100"))
     completions = 8 * (2048 + 16) * ours.model.kv_bytes_per_token
@@ -94,4 +94,4 @@ def test_what_is_written_stays_and_a_cpu_gets_the_setting_by_hand(spec: ModelSpe
     )
     assert bench_plan.choose_settings(written, spec, _device("h100")) == written
     plain = bench_plan.choose_settings(Settings(model="m"), spec, None)
-    assert plain.ours_plan == "micro-batch 16 x 4, checkpointing, KV cache kept"
+    assert plain.plan_text == "micro-batch 16 x 4, checkpointing, KV cache kept"

@@ -39,12 +39,12 @@ def run_benchmark(
     must not use device memory while the arms run.
     """
     say(f"creating a random {shape} checkpoint in {settings.model}")
-    card = _apart(_prepare, shape, settings.model)
+    card = _run_in_new_process(_create_checkpoint_and_measure, shape, settings.model)
     spec, device = read_spec(settings.model), find_device()
     settings = bench_plan.choose_settings(settings, spec, device)
-    say(f"ours: {settings.ours_plan}")
+    say(f"ours: {settings.plan_text}")
     floor = floor_seconds(
-        _work(settings, bench_plan.solve_settings(settings, spec, device).model), card
+        _step_work(settings, bench_plan.solve_settings(settings, spec, device).model), card
     )
     report, results = {}, []
     gpu = device is not None
@@ -54,14 +54,14 @@ def run_benchmark(
     return report, compare.table(results, floor)
 
 
-def _prepare(shape: str, model: str) -> Card:
+def _create_checkpoint_and_measure(shape: str, model: str) -> Card:
     from pathlib import Path  # noqa: PLC0415 - runs in the other process
 
     make_checkpoint(shape, Path(model))
     return measure_card()
 
 
-def _apart(function: Callable[..., Card], *arguments: str) -> Card:
+def _run_in_new_process(function: Callable[..., Card], *arguments: str) -> Card:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -73,7 +73,7 @@ def find_device() -> Device | None:
     return None if gpu is None else Device.from_node(snapshot, gpu)
 
 
-def _work(settings: Settings, model: ModelPart) -> Work:
+def _step_work(settings: Settings, model: ModelPart) -> Work:
     """Return the sizes from which ``floor`` computes the lower bound of the time of one step. If
     the toolkit splits the model over several cards, the sizes are those of one card.
     """
@@ -85,5 +85,5 @@ def _work(settings: Settings, model: ModelPart) -> Work:
         sequences=settings.sequences,
         prompt_tokens=settings.prompt_tokens,
         decode_steps=settings.decode_steps,
-        usual_tokens=settings.usual_tokens,
+        mean_completion_tokens=settings.mean_completion_tokens,
     )

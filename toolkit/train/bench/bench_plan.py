@@ -36,22 +36,24 @@ def choose_settings(settings: Settings, spec: ModelSpec, device: Device | None) 
     values fit, the toolkit's arm gets the micro-batch and the gradient checkpointing of the other
     arms.
     """
-    by_hand = _filled(settings, settings.per_device_batch, settings.gradient_checkpointing, False)
+    by_hand = _with_values(
+        settings, settings.per_device_batch, settings.gradient_checkpointing, False
+    )
     if device is None:
         return by_hand
     # The other arms cannot split the model. If the toolkit's arm splits it, only the memory of the
     # card is the limit.
     limit = other_arms_peak_bytes(settings, spec, device) if settings.ours_cards == 1 else math.inf
     best, fastest = by_hand, math.inf
-    for tokens, *kept in product(_budgets(settings), (False, True), (False, True)):
+    for tokens, *flags in product(_token_candidates(settings), (False, True), (False, True)):
         rows = max(1, tokens // settings.sequence_tokens)
-        micro = next(n for n in range(rows, 0, -1) if settings.sequences % n == 0)
-        candidate = _filled(settings, micro, *kept, tokens=tokens)
-        candidate = _with_engine(candidate, solve_settings(candidate, spec, device), device)
-        sized = solve_settings(candidate, spec, device)
-        within = sized.feasible and sized.peaks.torch_bytes <= limit
-        if within and sized.trainer.step_s_estimate < fastest:
-            best, fastest = candidate, sized.trainer.step_s_estimate
+        micro_batch = next(n for n in range(rows, 0, -1) if settings.sequences % n == 0)
+        candidate = _with_values(settings, micro_batch, *flags, tokens=tokens)
+        candidate = _with_engine_options(candidate, solve_settings(candidate, spec, device), device)
+        result = solve_settings(candidate, spec, device)
+        fits = result.feasible and result.peaks.torch_bytes <= limit
+        if fits and result.trainer.step_s_estimate < fastest:
+            best, fastest = candidate, result.trainer.step_s_estimate
     return best
 
 
@@ -60,14 +62,14 @@ def other_arms_peak_bytes(settings: Settings, spec: ModelSpec, device: Device) -
     The prediction is for one copy of the weights, a KV cache that is not freed, and activation
     checkpoints on the host, as in Unsloth.
     """
-    theirs = replace(
+    other_settings = replace(
         settings, ours_batch=settings.per_device_batch, ours_sleep=False, ours_engine=None
     )
-    sized = solve_settings(theirs, spec, device, checkpointing="unsloth", padded=True)
-    return sized.peaks.torch_bytes
+    result = solve_settings(other_settings, spec, device, checkpointing="unsloth", padded=True)
+    return result.peaks.torch_bytes
 
 
-def _budgets(settings: Settings) -> list[int]:
+def _token_candidates(settings: Settings) -> list[int]:
     """Return the candidates for ``ours_tokens`` (the maximum number of tokens of a forward pass),
     the largest first.
 
@@ -76,18 +78,26 @@ def _budgets(settings: Settings) -> list[int]:
     sequence. If the user set ``ours_batch``, the only candidate is the number of tokens of this
     many sequences. Otherwise, if the user set ``ours_tokens``, the only candidate is this number.
     """
-    one = settings.sequence_tokens
+    sequence_tokens = settings.sequence_tokens
     if settings.ours_batch is not None:
-        return [settings.ours_batch * one]
+        return [settings.ours_batch * sequence_tokens]
     if settings.ours_tokens is not None:
         return [settings.ours_tokens]
-    whole = settings.prompts * settings.prompt_tokens
-    whole += settings.sequences * settings.completion_tokens
-    return [max(one, whole // parts) for parts in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)]
+    step_tokens = settings.prompts * settings.prompt_tokens
+    step_tokens += settings.sequences * settings.completion_tokens
+    return [
+        max(sequence_tokens, step_tokens // parts)
+        for parts in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+    ]
 
 
-def _filled(
-    settings: Settings, micro: int, checkpointing: bool, sleep: bool, *, tokens: int | None = None
+def _with_values(
+    settings: Settings,
+    micro_batch: int,
+    checkpointing: bool,
+    sleep: bool,
+    *,
+    tokens: int | None = None,
 ) -> Settings:
     """Return ``settings`` with the given values in those ``ours_`` fields that the user did not
     set.
@@ -95,38 +105,39 @@ def _filled(
     return replace(
         settings,
         ours_tokens=settings.ours_tokens if settings.ours_batch is not None else tokens,
-        ours_batch=settings.ours_batch or micro,
-        ours_checkpointing=_first(settings.ours_checkpointing, checkpointing),
-        ours_sleep=_first(settings.ours_sleep, sleep),
+        ours_batch=settings.ours_batch or micro_batch,
+        ours_checkpointing=_set_or_chosen(settings.ours_checkpointing, checkpointing),
+        ours_sleep=_set_or_chosen(settings.ours_sleep, sleep),
     )
 
 
-def _with_engine(settings: Settings, sized: SizingResult, device: Device) -> Settings:
+def _with_engine_options(settings: Settings, result: SizingResult, device: Device) -> Settings:
     """Return ``settings`` with a value for the field ``ours_engine``, the options of the engine. A
-    value that the user set is kept. ``sized`` is the sizing result for ``settings``.
+    value that the user set is kept. ``result`` is the sizing result for ``settings``.
 
     The KV cache is just large enough for all sequences of a step, because a larger one has no use:
     every step changes the adapter, so cached prompts of earlier steps are not valid. The engine
     never gets a larger share of the card than the engines of the other arms (the programs that the
     benchmark compares).
     """
-    least = sized.interval.min
-    if settings.ours_engine is not None or least is None:
+    min_share = result.interval.min
+    if settings.ours_engine is not None or min_share is None:
         return settings
-    more = max(sized.engine.kv_wanted_bytes - sized.engine.kv_sequence_bytes, 0)
-    share = math.ceil(100 * (least + more / device.cuda_total_bytes) + 1) / 100  # 1 % spare
+    extra_bytes = max(result.engine.kv_wanted_bytes - result.engine.kv_sequence_bytes, 0)
+    # 1 % is spare.
+    share = math.ceil(100 * (min_share + extra_bytes / device.cuda_total_bytes) + 1) / 100
     options = {
         "gpu_memory_utilization": min(share, settings.gpu_memory_utilization),
-        "max_num_seqs": sized.choice.max_num_seqs,
-        "max_num_batched_tokens": sized.choice.max_num_batched_tokens,
+        "max_num_seqs": result.choice.max_num_seqs,
+        "max_num_batched_tokens": result.choice.max_num_batched_tokens,
     }
     if settings.load_in_4bit:
-        options["dequantized_rollouts"] = sized.choice.dequantized_rollouts
+        options["dequantized_rollouts"] = result.choice.dequantized_rollouts
     return replace(settings, ours_engine=options)
 
 
-def _first(written: bool | None, chosen: bool) -> bool:
-    return chosen if written is None else written
+def _set_or_chosen(set_value: bool | None, chosen_value: bool) -> bool:
+    return chosen_value if set_value is None else set_value
 
 
 def solve_settings(

@@ -34,31 +34,31 @@ def run_arms(
     seconds is stopped, and its measurements until then are kept. If ``folder`` already has results
     of other arms with the same settings, the list begins with these results.
     """
-    results = _kept(settings, arms, folder)
+    results = _kept_results(settings, arms, folder)
     settings.write(folder / "settings.json")
     for arm in arms:
-        if missing := reason_not_to_run(arm, gpu):
-            results.append(Result(arm, not_run=missing))
+        if reason := reason_not_to_run(arm, gpu):
+            results.append(Result(arm, not_run=reason))
         else:
             say(f"{arm}: running, log in {folder / (arm + '.log')}")
             cards = settings.ours_cards if arm == "ours" else 1
-            results.append(_run(arm, folder, limit_s, cards))
+            results.append(_run_arm(arm, folder, limit_s, cards))
         say(f"{arm}: {results[-1].not_run or 'done'}")
         yield results
 
 
-def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]:
+def _kept_results(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]:
     """Return the stored results of the arms that do not run now (``arms`` lists those that run). If
     the stored results were not measured with ``settings``, delete them and return an empty list.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = [path for path in sorted(folder.glob("*.json")) if path.stem in ARMS]
-    stored = folder / "settings.json"
-    if not stored.is_file() or Settings.read(stored) != settings:
-        for path in found:
+    paths = [path for path in sorted(folder.glob("*.json")) if path.stem in ARMS]
+    settings_path = folder / "settings.json"
+    if not settings_path.is_file() or Settings.read(settings_path) != settings:
+        for path in paths:
             path.unlink()
         return []
-    return [Result.read(path) for path in found if path.stem not in arms]
+    return [Result.read(path) for path in paths if path.stem not in arms]
 
 
 def reason_not_to_run(arm: str, gpu: bool) -> str | None:
@@ -74,22 +74,24 @@ def reason_not_to_run(arm: str, gpu: bool) -> str | None:
     return None
 
 
-def _run(arm: str, folder: Path, limit_s: float, cards: int) -> Result:
+def _run_arm(arm: str, folder: Path, limit_s: float, cards: int) -> Result:
     """Run one arm and return its result. If the arm has several processes (one per card), the first
     process writes the result.
     """
-    answers = [folder / f"{arm}{f'-{number}' if number else ''}.json" for number in range(cards)]
-    answer = answers[0]
-    answer.unlink(missing_ok=True)
-    values = [[arm, str(folder / "settings.json"), str(path)] for path in answers]
+    result_paths = [
+        folder / f"{arm}{f'-{number}' if number else ''}.json" for number in range(cards)
+    ]
+    result_path = result_paths[0]
+    result_path.unlink(missing_ok=True)
+    arguments = [[arm, str(folder / "settings.json"), str(path)] for path in result_paths]
     log = folder / f"{arm}.log"
     if cards == 1:
-        problem = run_module("arms", values[0], log, limit_s)
+        problem = run_module("arms", arguments[0], log, limit_s)
     else:
-        problem = _run_together(values, log, limit_s)
-    if not answer.is_file():
+        problem = _run_processes(arguments, log, limit_s)
+    if not result_path.is_file():
         return Result(arm, not_run=problem or ENDED_UNEXPECTEDLY)
-    result = Result.read(answer)
+    result = Result.read(result_path)
     result.not_run = result.not_run or problem
     return result
 
@@ -97,14 +99,14 @@ def _run(arm: str, folder: Path, limit_s: float, cards: int) -> Result:
 ENDED_UNEXPECTEDLY = "the process ended unexpectedly; see its log"
 
 
-def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> str | None:
+def run_module(name: str, arguments: Sequence[str], log: Path, limit_s: float) -> str | None:
     """Run a module of the benchmark in its own process, with its output in the file ``log``. Return
     None if the module finished, else the reason why it did not finish.
     """
     with log.open("w") as output:
         try:
-            done = subprocess.run(
-                [sys.executable, "-m", f"toolkit.train.bench.{name}", *values],
+            process = subprocess.run(
+                [sys.executable, "-m", f"toolkit.train.bench.{name}", *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 check=False,
@@ -112,51 +114,51 @@ def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> s
             )
         except subprocess.TimeoutExpired:
             return f"stopped after {limit_s:.0f} s"
-    return ENDED_UNEXPECTEDLY if done.returncode else None
+    return ENDED_UNEXPECTEDLY if process.returncode else None
 
 
-def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) -> str | None:
-    """Start the module ``arms`` in several processes that share a model. Each item of ``values``
+def _run_processes(arguments: Sequence[Sequence[str]], log: Path, limit_s: float) -> str | None:
+    """Start the module ``arms`` in several processes that share a model. Each item of ``arguments``
     has the arguments of one process. Return None if all processes finished, else the reason why
     they did not finish.
     """
     port = free_port()
     with log.open("w") as output:
-        running = [
+        processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "toolkit.train.bench.arms", *own],
+                [sys.executable, "-m", "toolkit.train.bench.arms", *process_arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=child_environment(number, len(values), port),
+                env=child_environment(number, len(arguments), port),
             )
-            for number, own in enumerate(values)
+            for number, process_arguments in enumerate(arguments)
         ]
         try:
-            ended = _ended(running, limit_s)
+            is_done = _wait_until_done(processes, limit_s)
         finally:
-            for one in running:
-                one.kill()
-                one.wait()
-    if not ended:
+            for process in processes:
+                process.kill()
+                process.wait()
+    if not is_done:
         return f"stopped after {limit_s:.0f} s"
-    return ENDED_UNEXPECTEDLY if any(one.returncode for one in running) else None
+    return ENDED_UNEXPECTEDLY if any(process.returncode for process in processes) else None
 
 
-def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
+def _wait_until_done(processes: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
     """Wait for the processes of an arm. Return False if they are not done within ``limit_s``, else
     True.
 
     If one process fails, the others may wait for it forever. So a failed arm counts as done
     ``PATIENCE_S`` seconds after its first failure, even if other processes still run.
     """
-    end, last = time.monotonic() + limit_s, None
-    while any(one.poll() is None for one in running):
+    deadline, failure_deadline = time.monotonic() + limit_s, None
+    while any(process.poll() is None for process in processes):
         now = time.monotonic()
-        if last is None and any(one.returncode for one in running):
-            last = now + GRACE_PERIOD_S
-        if now > end:
+        if failure_deadline is None and any(process.returncode for process in processes):
+            failure_deadline = now + GRACE_PERIOD_S
+        if now > deadline:
             return False
-        if last is not None and now > last:
+        if failure_deadline is not None and now > failure_deadline:
             break
         time.sleep(POLL_S)
     return True
@@ -173,8 +175,8 @@ def report(
         median = result.median_step_s
         ratio = median / floor["step"] if median else None
         arms.append(result.to_json() | {"step_over_floor": ratio})
-    described = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    return {"settings": described, "card": card, "floor_s": floor, "arms": arms}
+    settings_values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return {"settings": settings_values, "card": card, "floor_s": floor, "arms": arms}
 
 
 def table(results: Sequence[Result], floor: dict[str, float]) -> list[tuple[str, ...]]:
@@ -200,7 +202,7 @@ def _figures(floor: dict[str, float]) -> list[tuple[str, Callable[[Result], str 
         ("median step, s", lambda r: _number(r.median_step_s, 2)),
         ("median rollout, s", lambda r: _number(r.median_rollout_s, 2)),
         ("median training, s", lambda r: _number(r.median_training_s, 2)),
-        ("step / floor", lambda r: _number(_over(r.median_step_s, floor["step"]), 1, "x")),
+        ("step / floor", lambda r: _number(_ratio(r.median_step_s, floor["step"]), 1, "x")),
         ("rollout, tokens/s", lambda r: _number(r.rollout_tokens_s, 0)),
         ("training, tokens/s", lambda r: _number(r.train_tokens_s, 0)),
         ("padding in a padded batch", lambda r: _number(_percent(r.padding_share), 0, " %")),
@@ -209,7 +211,7 @@ def _figures(floor: dict[str, float]) -> list[tuple[str, Callable[[Result], str 
         ("peak device memory", lambda r: _bytes(r.peak_device_bytes)),
         ("logp gap mean, nats", lambda r: _number(r.logp_gap_mean, 6)),
         ("logp gap max, nats", lambda r: _number(r.logp_gap_max, 6)),
-        ("base tensors changed", _changed),
+        ("base tensors changed", _changed_text),
     ]
 
 
@@ -225,7 +227,7 @@ def _add(left: float | None, right: float | None) -> float | None:
     return None if left is None or right is None else left + right
 
 
-def _over(value: float | None, floor: float) -> float | None:
+def _ratio(value: float | None, floor: float) -> float | None:
     return value / floor if value and floor else None
 
 
@@ -237,7 +239,7 @@ def _median(values: list[float]) -> float | None:
     return sorted(values)[len(values) // 2] if values else None
 
 
-def _changed(result: Result) -> str | None:
+def _changed_text(result: Result) -> str | None:
     if result.base_total is None:
         return None
     return f"{result.base_changed} of {result.base_total}"

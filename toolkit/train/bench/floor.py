@@ -32,7 +32,7 @@ class Card:
 @dataclass(frozen=True, slots=True)
 class Work:
     """The sizes of the model and of one optimizer step. ``decode_steps`` is the number of tokens of
-    the longest completion. ``usual_tokens`` is the mean number of tokens of a completion.
+    the longest completion. ``mean_completion_tokens`` is the mean number of tokens of a completion.
     """
 
     parameters: int
@@ -42,7 +42,7 @@ class Work:
     sequences: int
     prompt_tokens: int
     decode_steps: float
-    usual_tokens: float
+    mean_completion_tokens: float
 
 
 def measure_card() -> Card:
@@ -57,15 +57,15 @@ def measure_card() -> Card:
     elements = 2**30 if cuda else 2**24
     source = torch.ones(elements, device=device, dtype=dtype)
     target = torch.empty_like(source)
-    copy_s = _best(partial(target.copy_, source), cuda=cuda)
-    size = 8192 if cuda else 1024
-    left = torch.randn(size, size, device=device, dtype=dtype)
-    matmul_s = _best(partial(torch.mm, left, left), cuda=cuda)
+    copy_s = _best_seconds(partial(target.copy_, source), cuda=cuda)
+    matrix_size = 8192 if cuda else 1024
+    matrix = torch.randn(matrix_size, matrix_size, device=device, dtype=dtype)
+    matmul_s = _best_seconds(partial(torch.mm, matrix, matrix), cuda=cuda)
     bandwidth = 2 * elements * dtype.itemsize / copy_s
-    return Card(name, bandwidth, 2 * size**3 / matmul_s)
+    return Card(name, bandwidth, 2 * matrix_size**3 / matmul_s)
 
 
-def _best(work: Callable[[], object], *, cuda: bool) -> float:
+def _best_seconds(work: Callable[[], object], *, cuda: bool) -> float:
     import torch  # noqa: PLC0415 - heavy
 
     times = []
@@ -85,12 +85,14 @@ def floor_seconds(work: Work, card: Card) -> dict[str, float]:
     ``card``. The result has the times of the parts ``decode``, ``prefill`` and ``train``, and their
     sum ``step``.
     """
-    read_tokens = work.usual_tokens * (work.prompt_tokens + work.usual_tokens / 2)
+    read_tokens = work.mean_completion_tokens * (
+        work.prompt_tokens + work.mean_completion_tokens / 2
+    )
     cache_bytes = work.sequences * read_tokens * work.kv_bytes_per_token
     decode = (work.decode_steps * work.weight_bytes + cache_bytes) / card.bandwidth_bytes_s
     prompt_tokens = work.prompts * work.prompt_tokens
     prefill = 2 * work.parameters * prompt_tokens / card.matmul_ops_s
     # Each prompt counts once, because the completions of a group share the pass over the prompt.
-    trained = prompt_tokens + work.sequences * work.usual_tokens
-    train = 4 * work.parameters * trained / card.matmul_ops_s
+    trained_tokens = prompt_tokens + work.sequences * work.mean_completion_tokens
+    train = 4 * work.parameters * trained_tokens / card.matmul_ops_s
     return {"decode": decode, "prefill": prefill, "train": train, "step": decode + prefill + train}

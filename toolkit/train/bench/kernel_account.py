@@ -68,15 +68,18 @@ class KernelTimes:
         """The seconds of wall-clock time in which no kernel runs."""
         return max(0.0, self.wall_s - self.busy_s)
 
-    def less(self, other: KernelTimes, steps: int) -> KernelTimes:
+    def subtract(self, other: KernelTimes, steps: int) -> KernelTimes:
         """Subtract the times and calls of ``other`` from those of this account, and return the
         result as an account of ``steps`` steps. A negative difference becomes 0.
         """
-        left = KernelTimes(steps, max(self.wall_s - other.wall_s, 0.0), top=self.top)
+        difference = KernelTimes(steps, max(self.wall_s - other.wall_s, 0.0), top=self.top)
         for kind, (seconds, calls) in self.kinds.items():
-            before = other.kinds.get(kind, [0.0, 0])
-            left.kinds[kind] = [max(seconds - before[0], 0.0), max(calls - before[1], 0)]
-        return left
+            other_kind = other.kinds.get(kind, [0.0, 0])
+            difference.kinds[kind] = [
+                max(seconds - other_kind[0], 0.0),
+                max(calls - other_kind[1], 0),
+            ]
+        return difference
 
     def to_json(self) -> dict[str, Any]:
         """Return the seconds and calls of each kind of kernel, per step."""
@@ -100,8 +103,8 @@ class KernelTimes:
 
 def kind_of(name: str) -> str:
     """Return the kind of a kernel or operation, from its name."""
-    low = name.lower()
-    return next((kind for kind, pattern in KINDS if re.search(pattern, low)), OTHER_KIND)
+    lower_name = name.lower()
+    return next((kind for kind, pattern in KINDS if re.search(pattern, lower_name)), OTHER_KIND)
 
 
 class KernelRecorder:
@@ -111,20 +114,20 @@ class KernelRecorder:
         self.cuda = torch.cuda.is_available()
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]
         self._profiler = profile(activities=kinds, acc_events=True)
-        self._began = 0.0
+        self._start_s = 0.0
         self.wall_s = 0.0
 
     def start(self) -> None:
         """Start the profiler."""
         self._profiler.start()
-        self._began = self._now()
+        self._start_s = self._now()
 
     def stop(self) -> None:
         """Stop the profiler."""
-        self.wall_s = self._now() - self._began
+        self.wall_s = self._now() - self._start_s
         self._profiler.stop()
 
-    def account(self, steps: int) -> KernelTimes:
+    def kernel_times(self, steps: int) -> KernelTimes:
         """Return the time of each kind of kernel in the profiled block, which has
         ``steps`` steps.
         """
@@ -134,17 +137,17 @@ class KernelRecorder:
             if on_device != self.cuda:
                 continue
             micros = event.self_device_time_total if self.cuda else event.self_cpu_time_total
-            entry = sums.setdefault(event.key, [0.0, 0])
-            entry[0] += micros / 1e6
-            entry[1] += event.count
-        made = KernelTimes(steps, self.wall_s)
+            total = sums.setdefault(event.key, [0.0, 0])
+            total[0] += micros / 1e6
+            total[1] += event.count
+        times = KernelTimes(steps, self.wall_s)
         for name, (seconds, calls) in sums.items():
-            kind = made.kinds.setdefault(kind_of(name), [0.0, 0])
+            kind = times.kinds.setdefault(kind_of(name), [0.0, 0])
             kind[0] += seconds
             kind[1] += calls
         ranked = sorted(sums.items(), key=lambda item: -item[1][0])[:TOP_KERNELS]
-        made.top = [(name, seconds, int(calls)) for name, (seconds, calls) in ranked]
-        return made
+        times.top = [(name, seconds, int(calls)) for name, (seconds, calls) in ranked]
+        return times
 
     def _now(self) -> float:
         if self.cuda:
@@ -174,15 +177,15 @@ def decode_kernel_times(
     """
 
     def run(tokens: int) -> KernelRecorder:
-        end = {"ignore_eos": True}
-        sampling = Sampling(n=generations, max_tokens=tokens, extra=end)
+        no_early_end = {"ignore_eos": True}
+        sampling = Sampling(n=generations, max_tokens=tokens, extra=no_early_end)
         engine.generate(prompts, sampling, seed=1)
         with record_kernels() as recorder:
             engine.generate(prompts, sampling, seed=1)
         return recorder
 
     short, long = run(1), run(1 + DECODE_STEPS)
-    return long.account(DECODE_STEPS).less(short.account(1), DECODE_STEPS)
+    return long.kernel_times(DECODE_STEPS).subtract(short.kernel_times(1), DECODE_STEPS)
 
 
 class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -195,7 +198,7 @@ class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.step = 0
         self.recorder: KernelRecorder | None = None
 
-    def rolled_out(self) -> None:
+    def start_in_last_step(self) -> None:
         """Called at the end of a rollout. In the last step, this starts the profiler."""
         if self.step == self.last and self.recorder is None:
             self.recorder = KernelRecorder()
@@ -208,15 +211,15 @@ class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.step += 1
 
 
-def kernel_table(name: str, account: dict[str, Any]) -> list[list[str]]:
+def kernel_table(name: str, times: dict[str, Any]) -> list[list[str]]:
     """Return the account as rows of text. Each row has a kind of kernel, its milliseconds per step,
     its calls per step, and its share of the wall-clock time.
     """
-    wall = account["wall_s"] or 1.0
+    wall = times["wall_s"] or 1.0
     rows = [[name, f"{1e3 * wall:.2f} ms", "", ""]]
-    for kind, found in account["kinds"].items():
-        share = f"{found['s'] / wall:.0%}"
-        rows.append([f"  {kind}", f"{1e3 * found['s']:.2f} ms", f"{found['calls']:.0f}", share])
-    host = account["host_s"]
+    for kind, total in times["kinds"].items():
+        share = f"{total['s'] / wall:.0%}"
+        rows.append([f"  {kind}", f"{1e3 * total['s']:.2f} ms", f"{total['calls']:.0f}", share])
+    host = times["host_s"]
     rows.append(["  host, no kernel running", f"{1e3 * host:.2f} ms", "", f"{host / wall:.0%}"])
     return rows

@@ -35,7 +35,7 @@ OURS_FIELDS = ("ours_batch", "ours_tokens", "ours_checkpointing", "ours_sleep", 
 
 
 def learn(
-    settings: LearnSettings, wanted: Runs, folder: Path, say: Callable[[str], None]
+    settings: LearnSettings, runs: Runs, folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Train each arm with each seed, evaluate the saved adapters, and write ``learn.json`` and
     ``learn.svg``. Return the report. Results in ``folder`` that were measured with the same
@@ -46,19 +46,19 @@ def learn(
     micro-batches of the toolkit's arm need no more memory than those of the other arms.
     """
     device = arm_process.find_device()
-    filled = bench_plan.choose_settings(settings, read_spec(settings.model), device)
-    settings = replace(settings, **{name: getattr(filled, name) for name in OURS_FIELDS})
-    _keep_or_clear(settings, folder)
-    for seed in wanted.seeds:
-        for arm in wanted.arms:
-            _train(replace(settings, seed=seed), arm, folder, say, wanted.limit_s)
+    planned = bench_plan.choose_settings(settings, read_spec(settings.model), device)
+    settings = replace(settings, **{name: getattr(planned, name) for name in OURS_FIELDS})
+    _discard_outdated(settings, folder)
+    for seed in runs.seeds:
+        for arm in runs.arms:
+            _train_arm(replace(settings, seed=seed), arm, folder, say, runs.limit_s)
     say("evaluating the adapters")
-    values = [str(folder / "settings.json"), str(folder)]
+    arguments = [str(folder / "settings.json"), str(folder)]
     problem = compare.run_module(
-        "learn_eval", values, folder / "evaluation.log", EVALUATION_LIMIT_S
+        "learn_eval", arguments, folder / "evaluation.log", EVALUATION_LIMIT_S
     )
     results = read_results(folder)
-    target = wanted.target
+    target = runs.target
     report = summary(settings, results, target, "CPU" if device is None else device.name)
     report["evaluation"] = problem or "complete"
     (folder / "learn.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -68,16 +68,16 @@ def learn(
     return report
 
 
-def create_model_checkpoint(folder: Path, given: Path | None) -> None:
+def create_model_checkpoint(folder: Path, model_file: Path | None) -> None:
     """Create the checkpoint in another process, because this process must not use device memory."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.apply(_prepare, (folder, given))
+        pool.apply(_create_in_process, (folder, model_file))
         pool.close()
         pool.join()
 
 
-def _prepare(folder: Path, given: Path | None) -> None:
-    create_checkpoint(folder, given, lambda line: sys.stderr.write(f"{line}\n"))
+def _create_in_process(folder: Path, model_file: Path | None) -> None:
+    create_checkpoint(folder, model_file, lambda line: sys.stderr.write(f"{line}\n"))
 
 
 def read_results(folder: Path) -> list[LearnResult]:
@@ -91,38 +91,42 @@ def summary(
     """Return the report of the benchmark: the headline, the settings, a learning curve for each
     arm, and the result of every run.
     """
-    found = curves(results, target)
+    arm_curves = curves(results, target)
     return {
-        "headline": headline(found, target),
-        "note": _note(settings, found, results, card),
+        "headline": headline(arm_curves, target),
+        "note": _note(settings, arm_curves, results, card),
         "model": MODEL_NAME,
         "target_accuracy": target,
         "time": "optimizer steps only, without loading, saving adapters and evaluation",
         "settings": asdict(settings),
         "card": card,
-        "curves": [asdict(curve) for curve in found],
+        "curves": [asdict(curve) for curve in arm_curves],
         "runs": [asdict(result) for result in results],
     }
 
 
 def _note(
-    settings: LearnSettings, found: Sequence[Curve], results: Sequence[LearnResult], card: str
+    settings: LearnSettings, arm_curves: Sequence[Curve], results: Sequence[LearnResult], card: str
 ) -> str:
-    seeds = sorted({seed for curve in found for seed in curve.seeds})
-    bands = "; bands: lowest to highest seed" if len(seeds) > 1 else ""
-    own = [
+    seeds = sorted({seed for curve in arm_curves for seed in curve.seeds})
+    bands_note = "; bands: lowest to highest seed" if len(seeds) > 1 else ""
+    transformers_arms = [
         LABELS[arm]
-        for arm in sorted({one.arm for one in results if one.generation == "transformers"})
+        for arm in sorted({result.arm for result in results if result.generation == "transformers"})
     ]
-    generated = f"; {', '.join(own)} generates with transformers here" if own else ""
+    generation_note = (
+        f"; {', '.join(transformers_arms)} generates with transformers here"
+        if transformers_arms
+        else ""
+    )
     count = f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
     return (
         f"{MODEL_NAME}, task {settings.task}, {settings.held_out} held-out problems, {count}"
-        f"{bands}; {card}{generated}"
+        f"{bands_note}; {card}{generation_note}"
     )
 
 
-def _keep_or_clear(settings: LearnSettings, folder: Path) -> None:
+def _discard_outdated(settings: LearnSettings, folder: Path) -> None:
     """Delete the results in ``folder`` if they were measured with other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
@@ -132,50 +136,50 @@ def _keep_or_clear(settings: LearnSettings, folder: Path) -> None:
     settings.write(path)
 
 
-def _train(
+def _train_arm(
     settings: LearnSettings, arm: str, folder: Path, say: Callable[[str], None], limit_s: float
 ) -> None:
     """Train one arm with one seed, unless ``folder`` already has the complete result."""
-    empty = LearnResult(arm, settings.seed)
-    answer = folder / f"{empty.name}.json"
-    if answer.is_file():
-        before = LearnResult.read(answer)
-        if before.not_run is None and before.points and before.points[-1].step == settings.steps:
-            say(f"{empty.name}: the result of an earlier run is kept")
+    result = LearnResult(arm, settings.seed)
+    result_path = folder / f"{result.name}.json"
+    if result_path.is_file():
+        earlier = LearnResult.read(result_path)
+        if earlier.not_run is None and earlier.points and earlier.points[-1].step == settings.steps:
+            say(f"{result.name}: the result of an earlier run is kept")
             return
-        answer.unlink()
-    empty.not_run = compare.reason_not_to_run(arm, gpu=True)
-    if empty.not_run is None:
-        say(f"{empty.name}: running, log in {folder / (empty.name + '.log')}")
-        own = folder / f"{empty.name}.settings"
-        settings.write(own)
-        values = [arm, str(own), str(answer)]
-        problem = compare.run_module("learn_arm", values, folder / f"{empty.name}.log", limit_s)
-        result = LearnResult.read(answer) if answer.is_file() else empty
-        result.not_run = result.not_run or problem
-        empty = result
-    empty.write(answer)
-    say(f"{empty.name}: {empty.not_run or 'done'}")
+        result_path.unlink()
+    result.not_run = compare.reason_not_to_run(arm, gpu=True)
+    if result.not_run is None:
+        say(f"{result.name}: running, log in {folder / (result.name + '.log')}")
+        settings_path = folder / f"{result.name}.settings"
+        settings.write(settings_path)
+        arguments = [arm, str(settings_path), str(result_path)]
+        problem = compare.run_module("learn_arm", arguments, folder / f"{result.name}.log", limit_s)
+        finished = LearnResult.read(result_path) if result_path.is_file() else result
+        finished.not_run = finished.not_run or problem
+        result = finished
+    result.write(result_path)
+    say(f"{result.name}: {result.not_run or 'done'}")
 
 
 def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return the table as rows of text: a header with the arms, then one measurement per row."""
-    found, runs = report["curves"], report["runs"]
+    curves_json, runs = report["curves"], report["runs"]
     arms = sorted({run["arm"] for run in runs}, key=list(LABELS).index)
-    by_arm = {curve["arm"]: curve for curve in found}
+    by_arm = {curve["arm"]: curve for curve in curves_json}
     rows = [("", *arms)]
 
-    def row(title: str, figure: Callable[[dict[str, Any]], str]) -> None:
+    def add_row(title: str, figure: Callable[[dict[str, Any]], str]) -> None:
         rows.append((title, *(figure(by_arm[a]) if a in by_arm else "not run" for a in arms)))
 
     target = f"{report['target_accuracy']:.0%}"
-    row("seeds", lambda c: str(len(c["seeds"])))
-    row("accuracy at the start", lambda c: f"{c['mean'][0]:.1%}")
-    row("accuracy at the end", lambda c: f"{c['mean'][-1]:.1%}")
-    row("steps", lambda c: str(c["steps"][-1]))
-    row("training time, s", lambda c: f"{c['seconds'][-1]:.1f}")
-    row(f"time to {target}, s", lambda c: _or_not(c["to_target_s"], ".1f"))
-    row(f"steps to {target}", lambda c: _or_not(c["to_target_step"], ".0f"))
+    add_row("seeds", lambda c: str(len(c["seeds"])))
+    add_row("accuracy at the start", lambda c: f"{c['mean'][0]:.1%}")
+    add_row("accuracy at the end", lambda c: f"{c['mean'][-1]:.1%}")
+    add_row("steps", lambda c: str(c["steps"][-1]))
+    add_row("training time, s", lambda c: f"{c['seconds'][-1]:.1f}")
+    add_row(f"time to {target}, s", lambda c: _format_or_not_reached(c["to_target_s"], ".1f"))
+    add_row(f"steps to {target}", lambda c: _format_or_not_reached(c["to_target_step"], ".0f"))
     load = {
         arm: [run["load_s"] for run in runs if run["arm"] == arm and run["load_s"] is not None]
         for arm in arms
@@ -185,5 +189,5 @@ def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _or_not(value: float | None, form: str) -> str:
-    return "not reached" if value is None else format(value, form)
+def _format_or_not_reached(value: float | None, format_spec: str) -> str:
+    return "not reached" if value is None else format(value, format_spec)

@@ -46,7 +46,7 @@ class Evaluator:
         )
         self.model.eval()
         self.problems = held_out_problems(settings.task, settings.held_out)
-        self._of_base: float | None = None
+        self._base_accuracy: float | None = None
 
     def accuracy(self, adapter: Path) -> float:
         """Return the share of held-out problems that the base model answers correctly with the
@@ -56,26 +56,26 @@ class Evaluator:
             InputError: the tensors in the file are not those of an adapter with these settings.
         """
         stored = load_file(adapter)
-        mine = adapter_tensors(self.model)
-        if stored.keys() != mine.keys():
-            odd = sorted(stored.keys() ^ mine.keys())
+        parameters = adapter_tensors(self.model)
+        if stored.keys() != parameters.keys():
+            unmatched_names = sorted(stored.keys() ^ parameters.keys())
             raise InputError(
                 f"the file has {len(stored)} tensors, but an adapter with these settings has "
-                f"{len(mine)} tensors. {len(odd)} names are only in one of the two, for example "
-                f"{odd[0]}",
+                f"{len(parameters)} tensors. {len(unmatched_names)} names are only in one of "
+                f"the two, for example {unmatched_names[0]}",
                 where=str(adapter),
                 fix="delete the folder of results and run the benchmark again",
             )
-        unchanged = not any(bool(v.any()) for name, v in stored.items() if "lora_B" in name)
-        if unchanged and self._of_base is not None:
-            return self._of_base
+        is_base = not any(bool(v.any()) for name, v in stored.items() if "lora_B" in name)
+        if is_base and self._base_accuracy is not None:
+            return self._base_accuracy
         with torch.no_grad():
-            for name, parameter in mine.items():
+            for name, parameter in parameters.items():
                 parameter.copy_(stored[name])
-        right = sum(self._right(batch) for batch in self._batches())
-        share = right / len(self.problems)
-        if unchanged:
-            self._of_base = share
+        correct = sum(self._count_correct(batch) for batch in self._batches())
+        share = correct / len(self.problems)
+        if is_base:
+            self._base_accuracy = share
         return share
 
     def answers(self, problems: list[Problem]) -> list[str]:
@@ -85,14 +85,14 @@ class Evaluator:
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)
         ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.tokens)
-        drawn = ids[:, inputs["input_ids"].shape[1] :]
-        texts: list[str] = self.tokenizer.batch_decode(drawn, skip_special_tokens=True)
+        completion_ids = ids[:, inputs["input_ids"].shape[1] :]
+        texts: list[str] = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         return texts
 
-    def _right(self, problems: list[Problem]) -> float:
+    def _count_correct(self, problems: list[Problem]) -> float:
         texts = self.answers(problems)
-        gold = [problem.answer for problem in problems]
-        return sum(score == 1 for score in number_is_right(gold, texts, answer=gold))
+        expected = [problem.answer for problem in problems]
+        return sum(score == 1 for score in number_is_right(expected, texts, answer=expected))
 
     def _batches(self) -> Iterator[list[Problem]]:
         for start in range(0, len(self.problems), BATCH):

@@ -39,33 +39,33 @@ text{font:13px system-ui,sans-serif;fill:#334155}.title{font-size:17px;font-weig
 """
 
 
-def draw_curves(found: Sequence[Curve], target: float, note: str) -> str:
+def draw_curves(arm_curves: Sequence[Curve], target: float, note: str) -> str:
     """Return the picture as the text of an SVG file. It has the headline, a legend and two charts.
     In each chart, an arm has a line for its mean accuracy, and a band from the lowest to the
     highest accuracy of its seeds. A dashed line shows the target accuracy.
     """
-    said = headline(found, target)
+    title = headline(arm_curves, target)
     parts = [
-        f'<text class="title" x="20" y="32">{escape(said)}</text>',
+        f'<text class="title" x="20" y="32">{escape(title)}</text>',
         f'<text class="note" x="20" y="54">{escape(note)}</text>',
-        _legend(found),
-        _panel(found, target, 0, "training time", "s"),
-        _panel(found, target, 1, "optimizer steps", "step"),
+        _legend(arm_curves),
+        _panel(arm_curves, target, 0, "training time", "s"),
+        _panel(arm_curves, target, 1, "optimizer steps", "step"),
     ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'role="img" aria-label="{escape(said)}"><style>{STYLE}</style>'
+        f'role="img" aria-label="{escape(title)}"><style>{STYLE}</style>'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
 
-def _panel(found: Sequence[Curve], target: float, index: int, title: str, axis: str) -> str:
+def _panel(arm_curves: Sequence[Curve], target: float, index: int, title: str, axis: str) -> str:
     """Return the chart of the accuracy over seconds (``index`` 0) or over optimizer steps
     (``index`` 1).
     """
-    places = [list(map(float, (curve.seconds, curve.steps)[index])) for curve in found]
-    last = max((xs[-1] for xs in places if xs), default=0.0) or 1.0
-    highest = max([target, *(value for curve in found for value in curve.high)])
+    x_values = [list(map(float, (curve.seconds, curve.steps)[index])) for curve in arm_curves]
+    last = max((xs[-1] for xs in x_values if xs), default=0.0) or 1.0
+    highest = max([target, *(value for curve in arm_curves for value in curve.high)])
     frame = Frame(PANEL_WIDTH, PANEL_HEIGHT, (0.0, last), (0.0, min(1.0, 1.1 * highest)))
     y = f"{frame.y(target):.1f}"
     body = [
@@ -73,7 +73,7 @@ def _panel(found: Sequence[Curve], target: float, index: int, title: str, axis: 
         grid_svg(frame, axis),
         f'<line class="target" x1="{LEFT}" x2="{PANEL_WIDTH - RIGHT}" y1="{y}" y2="{y}"/>',
     ]
-    for curve, xs in zip(found, places, strict=True):
+    for curve, xs in zip(arm_curves, x_values, strict=True):
         colour = COLOURS[curve.arm]
         band = area_svg(frame, xs, list(curve.low), list(curve.high), "band")
         path = line_path(frame, xs, list(curve.mean))
@@ -91,14 +91,14 @@ def _panel(found: Sequence[Curve], target: float, index: int, title: str, axis: 
     return f'<g transform="translate({left},{PANEL_TOP - TOP + 14})">{"".join(body)}</g>'
 
 
-def _legend(found: Sequence[Curve]) -> str:
+def _legend(arm_curves: Sequence[Curve]) -> str:
     parts, x = [], 20
-    for curve in found:
+    for curve in arm_curves:
         last = f"{curve.mean[-1]:.0%}" if curve.mean else "not measured"
-        words = f"{LABELS[curve.arm]}: {last} at step {curve.steps[-1] if curve.steps else 0}"
+        label = f"{LABELS[curve.arm]}: {last} at step {curve.steps[-1] if curve.steps else 0}"
         parts.append(
             f'<rect x="{x}" y="66" width="14" height="14" rx="3" fill="{COLOURS[curve.arm]}"/>'
-            f'<text class="legend" x="{x + 20}" y="78">{escape(words)}</text>'
+            f'<text class="legend" x="{x + 20}" y="78">{escape(label)}</text>'
         )
-        x += 40 + 8 * len(words)
+        x += 40 + 8 * len(label)
     return "".join(parts)

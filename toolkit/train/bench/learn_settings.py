@@ -94,19 +94,19 @@ class LearnResult:
 
     def write(self, path: Path) -> None:
         """Write the result atomically, because the run may be stopped at any time."""
-        beside = path.with_suffix(".part")
-        beside.write_text(json.dumps(asdict(self), indent=1))
-        beside.replace(path)
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(asdict(self), indent=1))
+        temporary.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> LearnResult:
         """Read a result that :meth:`write` wrote."""
         stored = json.loads(path.read_text())
-        known = {one.name for one in fields(cls)}
-        values = {name: value for name, value in stored.items() if name in known}
+        field_names = {field_info.name for field_info in fields(cls)}
+        values = {name: value for name, value in stored.items() if name in field_names}
         return cls(**values | {"points": [Point(**point) for point in stored["points"]]})
 
-    def reaches(self, accuracy: float) -> tuple[float, float] | None:
+    def time_to_reach(self, accuracy: float) -> tuple[float, float] | None:
         """Return the training seconds and the optimizer steps after which the run reaches
         ``accuracy``, or None if the run never reaches it.
 
@@ -117,14 +117,14 @@ class LearnResult:
         for point in self.points:
             if point.accuracy is None:
                 continue
-            here = (point.train_s, float(point.step), point.accuracy)
+            current = (point.train_s, float(point.step), point.accuracy)
             if point.accuracy >= accuracy:
                 if before is None:
-                    return here[0], here[1]
-                part = (accuracy - before[2]) / (here[2] - before[2])
-                seconds, steps = (before[i] + part * (here[i] - before[i]) for i in (0, 1))
+                    return current[0], current[1]
+                fraction = (accuracy - before[2]) / (current[2] - before[2])
+                seconds, steps = (before[i] + fraction * (current[i] - before[i]) for i in (0, 1))
                 return seconds, steps
-            before = here
+            before = current
         return None
 
 
@@ -151,7 +151,7 @@ def curves(results: Sequence[LearnResult], target: float) -> list[Curve]:
     """Return a learning curve for each arm with at least one evaluated run, in the order of
     ``ARMS``. A curve has only the optimizer steps at which all seeds of the arm were evaluated.
     """
-    found = []
+    arm_curves = []
     for arm in ARMS:
         runs = [run for run in results if run.arm == arm and _accuracies(run)]
         if not runs:
@@ -160,10 +160,10 @@ def curves(results: Sequence[LearnResult], target: float) -> list[Curve]:
         steps = sorted(set.intersection(*(set(points) for points in by_step)))
         rows = [[points[step] for points in by_step] for step in steps]
         values = [[p.accuracy for p in row if p.accuracy is not None] for row in rows]
-        reached = [run.reaches(target) for run in runs]
-        there = [place for place in reached if place is not None]
-        whole = len(there) == len(runs)
-        found.append(
+        times_to_target = [run.time_to_reach(target) for run in runs]
+        known_times = [time for time in times_to_target if time is not None]
+        all_reached = len(known_times) == len(runs)
+        arm_curves.append(
             Curve(
                 arm=arm,
                 seeds=[run.seed for run in runs],
@@ -172,31 +172,31 @@ def curves(results: Sequence[LearnResult], target: float) -> list[Curve]:
                 low=[min(row) for row in values],
                 mean=[sum(row) / len(row) for row in values],
                 high=[max(row) for row in values],
-                to_target_s=median(seconds for seconds, _ in there) if whole else None,
-                to_target_step=median(steps for _, steps in there) if whole else None,
+                to_target_s=median(seconds for seconds, _ in known_times) if all_reached else None,
+                to_target_step=median(steps for _, steps in known_times) if all_reached else None,
             )
         )
-    return found
+    return arm_curves
 
 
 def _accuracies(run: LearnResult) -> list[float]:
     return [point.accuracy for point in run.points if point.accuracy is not None]
 
 
-def headline(found: Sequence[Curve], target: float) -> str:
+def headline(arm_curves: Sequence[Curve], target: float) -> str:
     """Return the main result in one sentence: the time in which each arm reaches the accuracy
     ``target``, and the ratio of the toolkit's time to the time of the fastest other arm.
     """
-    times = {curve.arm: curve.to_target_s for curve in found}
-    said = [
+    times = {curve.arm: curve.to_target_s for curve in arm_curves}
+    arm_texts = [
         f"{LABELS[arm]} {'not reached' if seconds is None else f'{seconds:,.0f} s'}"
         for arm, seconds in times.items()
     ]
-    peers = [s for arm, s in times.items() if arm != "ours" and s is not None]
-    ours, more = times.get("ours"), ""
-    if ours is not None and peers and min(peers) > 0:
-        more = f"; toolkit / fastest other arm: {ours / min(peers):.2f}"
-    return f"Time to {target:.0%} accuracy: {', '.join(said) or 'not measured'}{more}"
+    other_times = [s for arm, s in times.items() if arm != "ours" and s is not None]
+    ours, ratio_text = times.get("ours"), ""
+    if ours is not None and other_times and min(other_times) > 0:
+        ratio_text = f"; toolkit / fastest other arm: {ours / min(other_times):.2f}"
+    return f"Time to {target:.0%} accuracy: {', '.join(arm_texts) or 'not measured'}{ratio_text}"
 
 
 LABELS: Mapping[str, str] = {"ours": "toolkit", "trl": "TRL", "unsloth": "Unsloth"}

@@ -44,13 +44,13 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         """Record the differences between the log-probabilities of engine and trainer, if the arm
         logs them.
         """
-        for ours, names in (
+        for result_field, names in (
             ("logp_gap_mean", ("sampling/logp_gap_mean", "sampling/sampling_logp_difference/mean")),
             ("logp_gap_max", ("sampling/logp_gap_max", "sampling/sampling_logp_difference/max")),
         ):
             for name in names:
                 if logs and name in logs:
-                    setattr(self.result, ours, float(logs[name]))
+                    setattr(self.result, result_field, float(logs[name]))
                     break
 
 
@@ -61,30 +61,30 @@ class TimedGeneration:
 
     def __init__(self, inner: Any, result: Result) -> None:
         self.inner, self.result = inner, result
-        self.after: Callable[[], None] = lambda: None
+        self.on_rollout_end: Callable[[], None] = lambda: None
 
     def sync_weights(self) -> Any:
         """Call ``sync_weights`` of the wrapped object, which copies the policy to the engine.
         Measure the time of the call.
         """
         start = synchronized_time()
-        out = self.inner.sync_weights()
+        result = self.inner.sync_weights()
         self.result.publish_s.append(synchronized_time() - start)
-        return out
+        return result
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Draw one batch of completions with the wrapped object, and measure the time."""
         start = synchronized_time()
-        out = self.inner.generate(*args, **kwargs)
+        result = self.inner.generate(*args, **kwargs)
         self.result.rollout_s.append(synchronized_time() - start)
-        prompts, completions = ([len(ids) for ids in side] for side in out[:2])
+        prompts, completions = ([len(ids) for ids in token_lists] for token_lists in result[:2])
         self.result.completion_tokens.append(sum(completions))
         if len(prompts) == len(completions):
             self.result.prompt_tokens.append(sum(prompts))
             widest = max(prompts, default=0) + max(completions, default=0)
             self.result.padded_tokens.append(widest * len(completions))
-        self.after()
-        return out
+        self.on_rollout_end()
+        return result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -98,9 +98,9 @@ def base_digests(model: torch.nn.Module) -> dict[str, str]:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             continue
-        plain = name.replace("base_model.model.", "").replace(".base_layer", "")
+        base_name = name.replace("base_model.model.", "").replace(".base_layer", "")
         raw = parameter.detach().contiguous().view(torch.uint8).flatten()
-        digests[plain] = _digest(raw)
+        digests[base_name] = _digest(raw)
     return digests
 
 
@@ -113,11 +113,11 @@ def _digest(raw: torch.Tensor) -> str:
     if raw.device.type == "cpu":
         return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
     total, weighted = 0, 0
-    for piece in torch.split(raw, 2**26):
-        wide = piece.to(torch.int64)
-        weights = torch.arange(1, len(wide) + 1, device=wide.device) % 65521
-        total += int(wide.sum())
-        weighted += int((wide * weights).sum())
+    for chunk in torch.split(raw, 2**26):
+        values = chunk.to(torch.int64)
+        weights = torch.arange(1, len(values) + 1, device=values.device) % 65521
+        total += int(values.sum())
+        weighted += int((values * weights).sum())
     return f"{total}-{weighted}"
 
 

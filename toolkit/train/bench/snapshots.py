@@ -32,23 +32,23 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     ) -> None:
         self.result, self.every, self.last_step = result, settings.every, settings.steps
         self.save, self.write = save, write
-        self.spent_s, self.started = 0.0, 0.0
+        self.train_s, self.step_start_s = 0.0, 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Save the adapter before the first step, and start the clock."""
-        self._keep(0)
-        self.started = synchronized_time()
+        self._save_point(0)
+        self.step_start_s = synchronized_time()
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
         """Stop the clock after an optimizer step, save the adapter if this step is a multiple of
         ``every`` or the last one, and restart the clock.
         """
         now = synchronized_time()
-        self.spent_s += now - self.started
+        self.train_s += now - self.step_start_s
         step = int(state.global_step)
         if step % self.every == 0 or step == self.last_step:
-            self._keep(step)
-        self.started = synchronized_time()
+            self._save_point(step)
+        self.step_start_s = synchronized_time()
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Record the mean reward of the step. Keep the largest differences so far between the
@@ -61,12 +61,12 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
             ("logp_gap_mean", ("sampling/logp_gap_mean", "sampling/sampling_logp_difference/mean")),
             ("logp_gap_max", ("sampling/logp_gap_max", "sampling/sampling_logp_difference/max")),
         ):
-            found = [float(logs[name]) for name in names if name in logs]
-            if found:
-                setattr(self.result, field, max(getattr(self.result, field) or 0.0, found[0]))
+            values = [float(logs[name]) for name in names if name in logs]
+            if values:
+                setattr(self.result, field, max(getattr(self.result, field) or 0.0, values[0]))
 
-    def _keep(self, step: int) -> None:
-        self.result.points.append(Point(step, self.spent_s, self.save(step)))
+    def _save_point(self, step: int) -> None:
+        self.result.points.append(Point(step, self.train_s, self.save(step)))
         self.write()
 
 
@@ -74,12 +74,12 @@ def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the adapter's parameters by name. The names do not have the parts that PEFT and
     torch.compile add.
     """
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            plain = name.replace("base_model.model.", "").replace("_orig_mod.", "")
-            found[plain.replace(".default", "")] = parameter
-    return found
+            short_name = name.replace("base_model.model.", "").replace("_orig_mod.", "")
+            tensors[short_name.replace(".default", "")] = parameter
+    return tensors
 
 
 def save_adapter(model: torch.nn.Module, folder: Path, step: int) -> str:

@@ -1,6 +1,6 @@
 """Measure the phases between the start of a process and the end of its first step.
 
-A phase ends when ``StartTimer.mark`` is called, or when vLLM writes one of the log messages in
+A phase ends when ``StartTimer.end_phase`` is called, or when vLLM writes one of the log messages in
 ``VLLM_MARKS``. tests/contract/test_vllm_seams.py checks the texts of these messages for vLLM 0.25.1
 and 0.31.0. If a message is missing, the time of its phase is added to the next phase.
 """
@@ -24,7 +24,7 @@ VLLM_MARKS = (
 
 class StartTimer(logging.Handler):
     """Measures the seconds of each phase of the start. ``phases`` has them in the order of the
-    phases. Call ``begin`` before any heavy library is imported.
+    phases. Call ``import_packages`` before any heavy library is imported.
     """
 
     def __init__(self) -> None:
@@ -32,17 +32,17 @@ class StartTimer(logging.Handler):
         self.phases: dict[str, float] = {}
         self._last = time.perf_counter()
 
-    def begin(self) -> None:
+    def import_packages(self) -> None:
         """Import the packages of a run, measure the seconds of each import, and begin to read
         vLLM's log messages.
         """
         os.environ.setdefault(LEVEL_VARIABLE, "INFO")
         import torch  # noqa: F401, PLC0415
 
-        self.mark("import torch")
+        self.end_phase("import torch")
         import transformers  # noqa: F401, PLC0415
 
-        self.mark("import transformers")
+        self.end_phase("import transformers")
         from toolkit.engine.open_engine import prepare_environment  # noqa: PLC0415
         from toolkit.engine.rollout_engine import vllm_available  # noqa: PLC0415
 
@@ -50,13 +50,13 @@ class StartTimer(logging.Handler):
         if vllm_available():
             from toolkit.engine import start  # noqa: F401, PLC0415
 
-        self.mark("import vLLM")
+        self.end_phase("import vLLM")
         from toolkit import FastLanguageModel, GRPOTrainer  # noqa: F401, PLC0415
 
-        self.mark("import TRL, PEFT and the trainer")
+        self.end_phase("import TRL, PEFT and the trainer")
         logging.getLogger("vllm").addHandler(self)
 
-    def mark(self, phase: str) -> None:
+    def end_phase(self, phase: str) -> None:
         """Record that ``phase`` ends now."""
         now = time.perf_counter()
         self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
@@ -67,11 +67,11 @@ class StartTimer(logging.Handler):
         ``logging`` calls this method.
         """
         text = str(record.msg)
-        phase = next((name for begins, name in VLLM_MARKS if text.startswith(begins)), None)
+        phase = next((name for prefix, name in VLLM_MARKS if text.startswith(prefix)), None)
         if phase is not None:
-            self.mark(phase)
+            self.end_phase(phase)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Stop reading vLLM's log messages."""
         logging.getLogger("vllm").removeHandler(self)
 

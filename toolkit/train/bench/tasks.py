@@ -28,27 +28,29 @@ class Problem(NamedTuple):
     answer: str
 
 
-def _sums(draw: random.Random) -> Problem:
+def _sum_problem(rng: random.Random) -> Problem:
     """Return a problem that adds or subtracts two or three numbers up to 30. Its answer is not
     negative.
     """
     while True:
-        values = [draw.randint(1, 30) for _ in range(draw.choice((2, 2, 3)))]
-        signs = [draw.choice((1, 1, -1)) for _ in values[1:]]
+        values = [rng.randint(1, 30) for _ in range(rng.choice((2, 2, 3)))]
+        signs = [rng.choice((1, 1, -1)) for _ in values[1:]]
         total = values[0] + sum(s * v for s, v in zip(signs, values[1:], strict=True))
         if total >= 0:
-            rest = (f" {'+' if s > 0 else '-'} {v}" for s, v in zip(signs, values[1:], strict=True))
-            return Problem(f"What is {values[0]}{''.join(rest)}?", str(total))
+            terms = (
+                f" {'+' if s > 0 else '-'} {v}" for s, v in zip(signs, values[1:], strict=True)
+            )
+            return Problem(f"What is {values[0]}{''.join(terms)}?", str(total))
 
 
-def _largest(draw: random.Random) -> Problem:
-    values = draw.sample(range(1, 100), 4)
+def _largest_problem(rng: random.Random) -> Problem:
+    values = rng.sample(range(1, 100), 4)
     listed = f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
     return Problem(f"Which number is the largest: {listed}?", str(max(values)))
 
 
 TASKS: Mapping[str, Callable[[random.Random], Problem]] = MappingProxyType(
-    {"sums": _sums, "largest": _largest}
+    {"sums": _sum_problem, "largest": _largest_problem}
 )
 
 
@@ -68,13 +70,13 @@ def is_held_out(question: str) -> bool:
 
 
 def _draw(task: str, count: int, seed: str, *, held_out: bool) -> list[Problem]:
-    draw = random.Random(f"{task} {seed}")
-    found: list[Problem] = []
+    rng = random.Random(f"{task} {seed}")
+    problems: list[Problem] = []
     seen: set[Problem] = set()
-    while len(found) < count:
-        problem = TASKS[task](draw)
+    while len(problems) < count:
+        problem = TASKS[task](rng)
         if is_held_out(problem.question) != held_out or (held_out and problem in seen):
             continue
         seen.add(problem)
-        found.append(problem)
-    return found
+        problems.append(problem)
+    return problems
