@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import EXIT_CODES
 from toolkit.base.symptoms import SYMPTOMS, TEXTS
 from toolkit.config.explain import SECTIONS, all_keys, explain_key
-from toolkit.config.importers.formats import TABLES, table
-from toolkit.config.importers.write import markdown
+from toolkit.config.importers.formats import TABLE_MODULES, load_table
+from toolkit.config.importers.write import table_markdown
 from toolkit.config.metrics import METRICS, TIMINGS
 from toolkit.config.rules import all_rules
 from toolkit.gpu.cards import CARDS
@@ -59,7 +59,7 @@ def _pages() -> Iterator[tuple[str, str]]:
     yield _place("cards/index"), _list_of_cards()
     yield _place("exit-codes/index"), _list_of_codes()
     yield from ((_place(f"exit-codes/{code}"), _code(code)) for code in EXIT_CODES)
-    yield from ((_place(f"import/{form}"), _import(form)) for form in TABLES)
+    yield from ((_place(f"import/{form}"), _import(form)) for form in TABLE_MODULES)
     yield _place("metrics/index"), _list_of_metrics()
     yield _place("symptoms/index"), _list_of_symptoms()
     yield from ((_place(f"symptoms/{symptom.id}"), _symptom(symptom)) for symptom in SYMPTOMS)
@@ -168,8 +168,8 @@ def _list_of_keys(keys: dict[str, dict[str, Any]]) -> str:
 
 
 def _import(form: str) -> str:
-    found = table(form)
-    rows = markdown(form).partition("\n\n")[2]
+    found = load_table(form)
+    rows = table_markdown(form).partition("\n\n")[2]
     return (
         f"# From {_text(found.title)}\n\nWhat `toolkit import` makes of each key. Print it with"
         f" `toolkit import --table {form}`.\n\n{rows}\n"

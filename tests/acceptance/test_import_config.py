@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 from toolkit.cli.import_config import import_config
 from toolkit.cli.validate import validate
-from toolkit.config.importers.formats import guess, read_foreign, table
+from toolkit.config.importers.formats import guess_format, load_table, read_foreign_config
 from toolkit.config.importers.mapping import later
 from toolkit.config.layers import load_document
 
@@ -97,7 +97,7 @@ def test_every_fixture_has_an_expected_outcome() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_file_becomes_the_expected_run_file(path: Path, tmp_path: Path) -> None:
     form, code, errors = OUTCOMES[path.name]
-    assert read_foreign(str(path)).form == form
+    assert read_foreign_config(str(path)).form == form
     to = tmp_path / "run.yaml"
     outcome = run(path, "--to", to)
     text = to.read_text(encoding="utf-8")
@@ -108,7 +108,7 @@ def test_a_file_becomes_the_expected_run_file(path: Path, tmp_path: Path) -> Non
     assert (outcome.exit_code, set(re.findall(r"error\[(\w+)\]", outcome.stderr))) == (code, errors)
     document = load_document(to)
     assert document.findings == []  # whatever stands in the other file, this is a clean run file
-    assert guess(document) is None or NO_MODEL in errors
+    assert guess_format(document) is None or NO_MODEL in errors
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -118,11 +118,11 @@ def test_no_setting_is_lost(path: Path, tmp_path: Path) -> None:
     run(path, "--to", to)
     text = to.read_text(encoding="utf-8")
     form = OUTCOMES[path.name][0]
-    for entry in read_foreign(str(path)).entries:
-        row = table(form).find(entry.key)
+    for entry in read_foreign_config(str(path)).entries:
+        row = load_table(form).find_row(entry.key)
         if entry.key.endswith("reward_weights") or (row is not None and row.convert is later):
             continue  # worked out with others, and not by its own line
-        assert f"{entry.place}: {entry.key}" in text, entry
+        assert f"{entry.location}: {entry.key}" in text, entry
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -232,10 +232,12 @@ def test_from_selects_the_format_of_an_ambiguous_file(tmp_path: Path) -> None:
 
 
 def test_the_table_of_a_format_is_printed() -> None:
-    from toolkit.config.importers.write import markdown
+    from toolkit.config.importers.write import table_markdown
 
-    assert run("--table", "verl").stdout == markdown("verl")
-    assert "| `data.max_prompt_length` | `grpo.max_prompt_length` | same |" in markdown("verl")
+    assert run("--table", "verl").stdout == table_markdown("verl")
+    assert "| `data.max_prompt_length` | `grpo.max_prompt_length` | same |" in table_markdown(
+        "verl"
+    )
 
 
 def test_a_notebook_with_large_outputs(tmp_path: Path) -> None:

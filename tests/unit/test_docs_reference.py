@@ -16,7 +16,7 @@ import pytest
 from toolkit.base.errors import EXIT_CODES
 from toolkit.base.symptoms import SYMPTOMS
 from toolkit.config.explain import all_keys
-from toolkit.config.importers.formats import TABLES
+from toolkit.config.importers.formats import TABLE_MODULES
 from toolkit.config.rules import all_rules
 from toolkit.gpu.checks import checks_by_id
 
@@ -47,7 +47,7 @@ def test_every_id_has_a_page_and_every_page_its_id(pages: dict[str, str]) -> Non
         "keys": {name.replace("[]", "") for name, _ in all_keys()},
         "exit-codes": {str(code) for code in EXIT_CODES},
         "symptoms": {symptom.id for symptom in SYMPTOMS},
-        "import": set(TABLES),
+        "import": set(TABLE_MODULES),
         "cards": set(),
         "metrics": set(),
     }

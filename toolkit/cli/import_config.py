@@ -10,7 +10,7 @@ import click
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import escape_unprintable, plural
 from toolkit.base.secrets import redact
-from toolkit.config.importers.formats import TABLES
+from toolkit.config.importers.formats import TABLE_MODULES
 
 if TYPE_CHECKING:
     from toolkit.config.finding import Finding
@@ -22,9 +22,9 @@ STDOUT = "-"
 def _print_table(context: click.Context, _: click.Parameter, form: str | None) -> None:
     if form is None or context.resilient_parsing:
         return
-    from toolkit.config.importers.write import markdown  # noqa: PLC0415 - only for --table
+    from toolkit.config.importers.write import table_markdown  # noqa: PLC0415 - only for --table
 
-    click.echo(markdown(form), nl=False)
+    click.echo(table_markdown(form), nl=False)
     context.exit()
 
 
@@ -38,12 +38,12 @@ def _print_table(context: click.Context, _: click.Parameter, form: str | None) -
 @click.option(
     "--from",
     "form",
-    type=click.Choice(list(TABLES)),
+    type=click.Choice(list(TABLE_MODULES)),
     help="The format of FILE (default: detected from its content).",
 )
 @click.option(
     "--table",
-    type=click.Choice(list(TABLES)),
+    type=click.Choice(list(TABLE_MODULES)),
     is_eager=True,
     expose_value=False,
     callback=_print_table,
@@ -67,11 +67,11 @@ def import_config(file: str, to: str | None, form: str | None, force: bool, stri
     --strict) a setting was refused; 2 FILE cannot be read; 5 (with --strict) a setting could not be
     read.
     """
-    from toolkit.config.importers import read_foreign, run_file_text, translate  # noqa: PLC0415
-    from toolkit.config.importers.formats import table  # noqa: PLC0415 - after parsing
+    from toolkit.config.importers import read_foreign_config, run_file_text, translate  # noqa: PLC0415
+    from toolkit.config.importers.formats import load_table  # noqa: PLC0415 - after parsing
 
-    foreign = read_foreign(file, form)
-    translation = translate(foreign, table(foreign.form))
+    foreign = read_foreign_config(file, form)
+    translation = translate(foreign, load_table(foreign.form))
     text = run_file_text(translation, "standard input" if file == STDOUT else Path(file).name)
     output_path = _output_path(file, to)
     if output_path is None:
@@ -122,16 +122,17 @@ def _validate_text(text: str, path: Path | None) -> tuple[Finding, ...]:
 def _summary_lines(translation: Translation, path: Path | None) -> list[str]:
     where = "" if path is None else f"wrote {path}: "
     lines = [
-        f"{where}{plural(len(translation.written) + len(translation.rewards), 'key')} from "
+        f"{where}{plural(len(translation.run_values) + len(translation.rewards), 'key')} from "
         f"{translation.table.title}, {len(translation.left_out)} left out, "
         f"{len(translation.refused)} refused, {len(translation.unread)} could not be read"
     ]
     lines += [f"  note: {note}" for note in translation.notes]
     lines += [
-        f"  refused: {one.place}: {one.key}: {one.value} - {one.why}" for one in translation.refused
+        f"  refused: {one.location}: {one.key}: {one.value} - {one.why}"
+        for one in translation.refused
     ]
     lines += [
-        f"  could not be read: {one.place}: {one.text} - {one.why}" for one in translation.unread
+        f"  could not be read: {one.location}: {one.text} - {one.why}" for one in translation.unread
     ]
     return [
         redact(escape_unprintable(" ".join(line.split()) if line[:1] != " " else line))

@@ -88,9 +88,9 @@ def _foreign_config_finding(document: Document) -> Finding | None:
     model = document.find_node(("model", "model_name"))
     if model is not None or not document.is_readable:
         return None
-    from toolkit.config.importers.formats import found_foreign  # noqa: PLC0415 - only for a file that is not a run file
+    from toolkit.config.importers.formats import foreign_config_finding  # noqa: PLC0415 - only for a file that is not a run file
 
-    return found_foreign(document)
+    return foreign_config_finding(document)
 
 
 def _limit_findings(findings: list[Finding]) -> list[Finding]:

@@ -7,67 +7,74 @@ from typing import Any
 import pytest
 
 from toolkit.config.importers.documents import from_document
-from toolkit.config.importers.foreign import Foreign
-from toolkit.config.importers.formats import TABLES, table
-from toolkit.config.importers.mapping import KINDS, LEFT_OUT, REFUSED, Later, Row, Unfit
-from toolkit.config.importers.shell import commands, flags
+from toolkit.config.importers.foreign import ForeignConfig
+from toolkit.config.importers.formats import TABLE_MODULES, load_table
+from toolkit.config.importers.mapping import (
+    KINDS,
+    LEFT_OUT,
+    REFUSED,
+    ConvertedLater,
+    Row,
+    UnsupportedValue,
+)
+from toolkit.config.importers.shell import parse_options, split_commands
 from toolkit.config.importers.translate import translate
-from toolkit.config.importers.write import markdown
+from toolkit.config.importers.write import table_markdown
 from toolkit.config.key_moves import key_schema
 
-ALL = [(form, row) for form in TABLES for row in table(form).rows]
+ALL = [(form, row) for form in TABLE_MODULES for row in load_table(form).rows]
 
 
 def ids(value: Any) -> str:
-    return value.old if isinstance(value, Row) else str(value)
+    return value.foreign_key if isinstance(value, Row) else str(value)
 
 
-@pytest.mark.parametrize("form", TABLES)
+@pytest.mark.parametrize("form", TABLE_MODULES)
 def test_every_row_names_a_key_of_a_run_file_or_says_why_not(form: str) -> None:
-    for row in table(form).rows:
+    for row in load_table(form).rows:
         assert row.kind in KINDS
-        if row.to is None:
+        if row.run_key is None:
             assert row.why, row
-        elif row.to != "lora":
-            parts = row.to.split(".")
+        elif row.run_key != "lora":
+            parts = row.run_key.split(".")
             assert key_schema(tuple(parts[:2])) is not None, row
-    for default in table(form).defaults:
-        assert key_schema(tuple(default.to.split("."))) is not None, default
+    for default in load_table(form).defaults:
+        assert key_schema(tuple(default.run_key.split("."))) is not None, default
 
 
-@pytest.mark.parametrize("form", TABLES)
+@pytest.mark.parametrize("form", TABLE_MODULES)
 def test_a_table_is_true(form: str) -> None:
     """Each row alone: a probe of its key goes where the row says."""
-    for row in table(form).rows:
-        if row.trl or row.old.endswith("*"):
+    for row in load_table(form).rows:
+        if row.trl or row.foreign_key.endswith("*"):
             continue
-        foreign = Foreign(form)
-        foreign.add(row.old, _probe(row), "line 1")
-        made = translate(foreign, table(form))
+        foreign = ForeignConfig(form)
+        foreign.add(row.foreign_key, _probe(row), "line 1")
+        made = translate(foreign, load_table(form))
         assert [one.text for one in made.unread if "not a known key" in one.why] == [], row
         if row.kind == LEFT_OUT:
-            assert [one.key for one in made.left_out] == [row.old], row
+            assert [one.key for one in made.left_out] == [row.foreign_key], row
         elif row.kind == REFUSED:
-            assert [one.key for one in made.refused] == [row.old], row
+            assert [one.key for one in made.refused] == [row.foreign_key], row
         elif row.convert is None:
-            key = row.to or ""
+            key = row.run_key or ""
             weighed = key == "grpo.reward_weights"
-            assert key in made.written or weighed, row
-            assert made.written[key].value == _probe(row) or "replaces" in str(made.notes), row
+            assert key in made.run_values or weighed, row
+            assert made.run_values[key].value == _probe(row) or "replaces" in str(made.notes), row
 
 
 def _probe(row: Row) -> Any:
     return {"never": "so"} if row.refused else 3
 
 
-@pytest.mark.parametrize("form", TABLES)
+@pytest.mark.parametrize("form", TABLE_MODULES)
 def test_the_migration_table_has_every_key(form: str) -> None:
-    text = markdown(form)
+    text = table_markdown(form)
     lines = text.splitlines()
     assert lines[2] == "| key of the other tool | key of the run file | what happens | why |"
-    assert len(lines) == 4 + len(table(form).rows)
-    for row, line in zip(table(form).rows, lines[4:], strict=True):
-        assert f"`{row.old}`" in line
+    assert len(lines) == 4 + len(load_table(form).rows)
+    for row, line in zip(load_table(form).rows, lines[4:], strict=True):
+        assert f"`{row.foreign_key}`" in line
         assert f"| {row.kind} |" in line
 
 
@@ -79,9 +86,9 @@ def test_conversions_refuse_with_a_reason() -> None:
         for value in (None, -1, 0, 4, 0.5, "zz", "a.b", [], ["all-linear"], ["a", "b"], True, {}):
             try:
                 row.convert(value)
-            except Unfit as reason:
+            except UnsupportedValue as reason:
                 reasons.add(str(reason))
-            except Later:
+            except ConvertedLater:
                 break
     assert len(reasons) >= 6
     assert "" not in reasons
@@ -89,8 +96,8 @@ def test_conversions_refuse_with_a_reason() -> None:
 
 def test_flags_of_a_command_line() -> None:
     text = 'X=3\nrun --a-b 1 --c=x --d --e 1 2 \\\n --f \'{"k": [1]}\' --g "$X/$Y" --h -1 # --i 2\n'
-    (words,) = list(commands(text))
-    found = {name: value for name, value, _ in flags(words)}
+    (words,) = list(split_commands(text))
+    found = {name: value for name, value, _ in parse_options(words)}
     assert found.pop("g").text == "3/$Y"
     assert found == {"a_b": 1, "c": "x", "d": True, "e": [1, 2], "f": {"k": [1]}, "h": -1}
 
@@ -100,8 +107,8 @@ def test_flags_of_a_command_line() -> None:
     ["'", '"', "\\", "$", "${", "$(", "`", "a='b", "--", "=", "\x00", "a=1 b", "#", "{" * 5000],
 )
 def test_no_shell_text_is_too_odd(text: str) -> None:
-    for words in commands(text * 3):
-        list(flags(words))
+    for words in split_commands(text * 3):
+        list(parse_options(words))
 
 
 def test_booleans_of_yaml_1_1_are_booleans() -> None:
@@ -113,5 +120,5 @@ def test_booleans_of_yaml_1_1_are_booleans() -> None:
     document = parse_source(
         Source("x.yaml", "base_model: m\nload_in_4bit: yes\ntf32: off\n", Path())
     )
-    made = translate(from_document(document, table("axolotl")), table("axolotl"))
+    made = translate(from_document(document, load_table("axolotl")), load_table("axolotl"))
     assert (made.get("model.load_in_4bit"), made.get("grpo.tf32")) == (True, False)

@@ -5,9 +5,16 @@ Each format has a module with a table of its keys (axolotl, trl, scripts, verl, 
 The code in a file is never executed. Scripts and notebooks are parsed with the module ``ast``.
 """
 
-from toolkit.config.importers.formats import TABLES, guess, read_foreign
+from toolkit.config.importers.formats import TABLE_MODULES, guess_format, read_foreign_config
 from toolkit.config.importers.mapping import Translation
 from toolkit.config.importers.translate import translate
 from toolkit.config.importers.write import run_file_text
 
-__all__ = ["TABLES", "Translation", "guess", "read_foreign", "run_file_text", "translate"]
+__all__ = [
+    "TABLE_MODULES",
+    "Translation",
+    "guess_format",
+    "read_foreign_config",
+    "run_file_text",
+    "translate",
+]

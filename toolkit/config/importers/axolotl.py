@@ -8,15 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config.importers.common import (
     NO_ADAPTER,
-    dtype,
-    fit_length,
-    positive,
-    renamed,
-    split_warmup,
-    targets,
+    convert_dtype,
+    convert_targets,
+    new_name,
+    positive_or_none,
+    set_sequence_length,
+    set_warmup_steps,
 )
-from toolkit.config.importers.mapping import Row, Table, Unfit, later, left, refused, rows, trl_rows
-from toolkit.config.importers.trl import rewards
+from toolkit.config.importers.mapping import (
+    Row,
+    Table,
+    UnsupportedValue,
+    later,
+    omit,
+    refused,
+    rows,
+    trl_rows,
+)
+from toolkit.config.importers.trl import add_trl_rewards
 
 if TYPE_CHECKING:
     from toolkit.config.importers.mapping import Translation
@@ -35,7 +44,7 @@ def _steps(value: Any) -> Any:
     fraction of an epoch in axolotl.
     """
     if isinstance(value, float) and 0 < value < 1:
-        raise Unfit(
+        raise UnsupportedValue(
             "a value below 1 is a fraction of an epoch in axolotl, but a fraction of the run in "
             "a run file. Set a number of steps"
         )
@@ -43,37 +52,43 @@ def _steps(value: Any) -> Any:
 
 
 def _optimizer(value: Any) -> Any:
-    return renamed(value, {"adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"})
+    return new_name(value, {"adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"})
 
 
 def _checkpointing(value: Any) -> Any:
     if isinstance(value, bool):
         return value
-    return renamed(value, {"unsloth": "unsloth", "offload": "unsloth"}, True)
+    return new_name(value, {"unsloth": "unsloth", "offload": "unsloth"}, True)
 
 
 def _linear(value: Any) -> Any:
     return "all-linear" if value is True else None
 
 
-def _eval_strategy(made: Translation) -> None:
-    if "grpo.eval_steps" in made.written and "grpo.eval_strategy" not in made.written:
-        made.write("grpo.eval_strategy", "steps", "because eval_steps is set")
+def _eval_strategy(translation: Translation) -> None:
+    if (
+        "grpo.eval_steps" in translation.run_values
+        and "grpo.eval_strategy" not in translation.run_values
+    ):
+        translation.write("grpo.eval_strategy", "steps", "because eval_steps is set")
 
 
-def _finish(made: Translation) -> None:
-    rewards(made, "trl.reward_funcs")
-    if "adapter" not in {entry.key for entry in made.foreign.entries}:
-        made.notes.append(f"The file does not set an adapter, but {NO_ADAPTER}.")
-    if made.value_of("adapter") == "qlora" and "model.load_in_4bit" not in made.written:
-        made.write("model.load_in_4bit", True, "adapter: qlora")
-    if made.value_of("rl") is None:
-        made.notes.append(
+def _finish(translation: Translation) -> None:
+    add_trl_rewards(translation, "trl.reward_funcs")
+    if "adapter" not in {entry.key for entry in translation.foreign.entries}:
+        translation.notes.append(f"The file does not set an adapter, but {NO_ADAPTER}.")
+    if (
+        translation.foreign_value("adapter") == "qlora"
+        and "model.load_in_4bit" not in translation.run_values
+    ):
+        translation.write("model.load_in_4bit", True, "adapter: qlora")
+    if translation.foreign_value("rl") is None:
+        translation.notes.append(
             "The file does not set `rl: grpo`. Check that the original is GRPO training."
         )
-    _eval_strategy(made)
-    split_warmup(made)
-    fit_length(made)
+    _eval_strategy(translation)
+    set_warmup_steps(translation)
+    set_sequence_length(translation)
 
 
 _TOP = (
@@ -84,14 +99,14 @@ _TOP = (
     Row("sequence_len", "model.max_seq_length"),
     Row("load_in_4bit", "model.load_in_4bit"),
     Row("load_in_8bit", "model.load_in_8bit"),
-    Row("torch_dtype", "model.dtype", convert=dtype),
+    Row("torch_dtype", "model.dtype", convert=convert_dtype),
     Row("attn_implementation", "model.attn_implementation"),
     *refused("this toolkit supports only GRPO", "rl", off=("grpo",)),
     *refused(NO_ADAPTER, "adapter", off=("lora", "qlora")),
     Row("lora_r", "lora.r"),
     Row("lora_alpha", "lora.lora_alpha"),
     Row("lora_dropout", "lora.lora_dropout"),
-    Row("lora_target_modules", "lora.target_modules", convert=targets),
+    Row("lora_target_modules", "lora.target_modules", convert=convert_targets),
     Row("lora_target_linear", "lora.target_modules", convert=_linear),
     Row("lora_modules_to_save", "lora.modules_to_save"),
     Row("lora_exclude_modules", "lora.exclude_modules"),
@@ -107,19 +122,19 @@ _TOP = (
     Row("datasets.split", "dataset.split"),
     Row("datasets.data_files", "dataset.path", "dataset.path can name a file instead of a hub id"),
     Row("datasets.revision", "dataset.revision"),
-    *left("the name of the file determines its type", "datasets.ds_type"),
+    *omit("the name of the file determines its type", "datasets.ds_type"),
     *refused("this code changes the rows of the data set. Write the changed rows to a file, or "
              "set dataset.prompt to the prompt column of the unchanged rows",
              "datasets.type"),
     Row("test_datasets.path", "dataset.eval_path"),
     Row("test_datasets.split", "dataset.eval_split"),
-    *left("a run reads only the data at dataset.path and dataset.eval_path",
+    *omit("a run reads only the data at dataset.path and dataset.eval_path",
           "test_datasets.*", "datasets.*"),
     *refused("set dataset.eval_path to the evaluation data", "val_set_size"),
     Row("micro_batch_size", "grpo.per_device_train_batch_size"),
     Row("eval_batch_size", "grpo.per_device_eval_batch_size"),
     Row("num_epochs", "grpo.num_train_epochs"),
-    Row("max_steps", "grpo.max_steps", convert=positive),
+    Row("max_steps", "grpo.max_steps", convert=positive_or_none),
     Row("optimizer", "grpo.optim", convert=_optimizer),
     Row("lr_scheduler", "grpo.lr_scheduler_type"),
     Row("warmup_steps", "grpo.warmup_steps"),
@@ -134,32 +149,32 @@ _TOP = (
     Row("evals_per_epoch", None, "set grpo.eval_steps and grpo.eval_strategy", refused=True),
     Row("save_total_limit", "runtime.keep_last"),
     Row("output_dir", "runtime.output_dir"),
-    *left("`model.dtype: auto` uses bfloat16 if the GPU supports it", "bf16", "fp16", "float16",
+    *omit("`model.dtype: auto` uses bfloat16 if the GPU supports it", "bf16", "fp16", "float16",
           "bfloat16"),
-    *left("metrics are written every step", "logging_steps"),
-    *left("to resume a run, start the same command again", "resume_from_checkpoint",
+    *omit("metrics are written every step", "logging_steps"),
+    *omit("to resume a run, start the same command again", "resume_from_checkpoint",
           "auto_resume_from_checkpoints"),
-    *left("transformers chooses the attention function; to change it, set "
+    *omit("transformers chooses the attention function; to change it, set "
           "model.attn_implementation",
           "flash_attention", "sdp_attention", "xformers_attention", "eager_attention"),
-    *left(_TEXT, "chat_template", "tokenizer_type", "model_type", "tokenizer_config",
+    *omit(_TEXT, "chat_template", "tokenizer_type", "model_type", "tokenizer_config",
           "special_tokens", "special_tokens.*", "tokens", "is_llama_derived_model"),
-    *left(_MEMORY, "deepspeed", "fsdp", "fsdp_config", "fsdp_version", "context_parallel_size",
+    *omit(_MEMORY, "deepspeed", "fsdp", "fsdp_config", "fsdp_version", "context_parallel_size",
           "sequence_parallel_degree", "tensor_parallel_size", "ddp", "dp_shard_size",
           "gradient_checkpointing_kwargs", "gradient_checkpointing_kwargs.*", "fsdp_config.*"),
-    *left("the trainer packs sequences itself (runtime.padding_free)",
+    *omit("the trainer packs sequences itself (runtime.padding_free)",
           "sample_packing", "pad_to_sequence_len",
           "eval_sample_packing", "flash_attn_fuse_qkv", "flash_attn_fuse_mlp"),
-    *left("the run prepares the data itself", "skip_prepare_dataset", "dataset_prepared_path",
+    *omit("the run prepares the data itself", "skip_prepare_dataset", "dataset_prepared_path",
           "dataset_processes", "dataset_num_proc", "shuffle_merged_datasets",
           "dataset_keep_in_memory"),
-    *left("this setting concerns labels, and GRPO does not use labels",
+    *omit("this setting concerns labels, and GRPO does not use labels",
           "train_on_inputs", "group_by_length", "remove_unused_columns"),
-    *left(_TRACKER, "wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model",
+    *omit(_TRACKER, "wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model",
           "wandb_run_id", "mlflow_tracking_uri", "mlflow_experiment_name", "use_tensorboard",
           "comet_project_name", "use_wandb"),
-    *left("a run does not publish anything", "hub_model_id", "hub_strategy"),
-    *left("a run does not use this setting",
+    *omit("a run does not publish anything", "hub_model_id", "hub_strategy"),
+    *omit("a run does not use this setting",
           "strict", "debug", "local_rank", "early_stopping_patience",
           "save_safetensors", "low_cpu_mem_usage", "lora_mlp_kernel", "lora_qkv_kernel",
           "lora_o_kernel", "ddp_timeout", "save_only_model", "save_first_step",
@@ -167,14 +182,14 @@ _TOP = (
     *refused("a run trains a LoRA adapter, or all weights (model.full_finetuning). ReLoRA, LISA "
              "and layer freezing are not supported",
              "relora_steps", "unfrozen_parameters", "lisa_n_layers"),
-    *left("to use fused layer kernels, set grpo.use_liger_kernel",
+    *omit("to use fused layer kernels, set grpo.use_liger_kernel",
           "plugins", "liger_rope", "liger_rms_norm",
           "liger_glu_activation", "liger_layer_norm", "liger_fused_linear_cross_entropy"),
     Row("vllm.gpu_memory_utilization", None, "the value is for a vLLM server on its own GPU; "
                                              "use `envcheck size` to compute a value for this "
                                              "toolkit"),
     Row("vllm.max_model_len", "model.max_seq_length"),
-    *left("the engine runs in the training process, so there is no vLLM server",
+    *omit("the engine runs in the training process, so there is no vLLM server",
           "vllm.host", "vllm.port",
           "vllm.*"),
 )  # fmt: skip
@@ -186,13 +201,13 @@ _TRL_OWN = (
     Row("trl.vllm_max_model_len", "model.max_seq_length"),
     Row("trl.vllm_enable_prefix_caching", "model.enable_prefix_caching"),
     Row("trl.vllm_dtype", None, "the engine uses the dtype of the model (model.dtype)"),
-    *left("the engine runs in the training process, so there is no vLLM server", "trl.vllm_device",
+    *omit("the engine runs in the training process, so there is no vLLM server", "trl.vllm_device",
           "trl.vllm_lora_sync", "trl.vllm_sync_interval", "trl.vllm_guided_decoding_regex"),
-    *left(_ASYNC, "trl.use_data_producer", "trl.async_prefetch", "trl.prefetch_depth",
+    *omit(_ASYNC, "trl.use_data_producer", "trl.async_prefetch", "trl.prefetch_depth",
           "trl.streaming_partial_batch", "trl.streaming_min_groups"),
-    *left("rows whose advantage is 0 are always left out of the training pass",
+    *omit("rows whose advantage is 0 are always left out of the training pass",
           "trl.skip_zero_advantage_batches"),
-    *left("one separate process computes the rewards", "trl.reward_num_workers"),
+    *omit("one separate process computes the rewards", "trl.reward_num_workers"),
     *refused("a replay buffer of older rollouts is not supported", "trl.replay_buffer_size",
              "trl.replay_recompute_logps", off=(True,)),
     Row("trl.reroll_start_fraction", None, "sampling a prompt again in a later step is not "
@@ -202,16 +217,16 @@ _TRL_OWN = (
     *refused("this control of the entropy is not supported; a similar setting is "
              "grpo.use_adaptive_entropy",
              "trl.scope_rl"),
-    *left("this setting belongs to trl.scope_rl", "trl.scope_target_entropy", "trl.scope_alpha",
+    *omit("this setting belongs to trl.scope_rl", "trl.scope_target_entropy", "trl.scope_alpha",
           "trl.scope_positive_threshold"),
     *refused("a run always uses the toolkit's own rollouts",
              "trl.rollout_func", "trl.reward_processing_classes"),
 )  # fmt: skip
-_NAMED = {row.old for row in _TRL_OWN}
+_NAMED = {row.foreign_key for row in _TRL_OWN}
 
 TABLE = Table(
     form="axolotl",
     title="axolotl",
-    rows=(*_TOP, *_TRL_OWN, *(row for row in trl_rows("trl.") if row.old not in _NAMED)),
+    rows=(*_TOP, *_TRL_OWN, *(row for row in trl_rows("trl.") if row.foreign_key not in _NAMED)),
     finish=_finish,
 )

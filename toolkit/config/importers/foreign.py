@@ -24,32 +24,32 @@ class Entry:
 
     key: str
     value: Any
-    place: str  # "line 12", or "cell 3, line 4"
+    location: str  # "line 12", or "cell 3, line 4"
 
 
 @dataclass(frozen=True, slots=True)
-class Unread:
+class UnreadPart:
     """A part of the file that could not be read, and the reason."""
 
-    place: str
+    location: str
     text: str
     why: str
 
 
 @dataclass(slots=True)
-class Foreign:
+class ForeignConfig:
     """The settings of a file of another tool. ``form`` is the name of the file's format, a key of
-    ``formats.TABLES``.
+    ``formats.TABLE_MODULES``.
     """
 
     form: str
     entries: list[Entry] = field(default_factory=list)
-    unread: list[Unread] = field(default_factory=list)
+    unread: list[UnreadPart] = field(default_factory=list)
 
-    def add(self, key: str, value: Any, place: str) -> None:
+    def add(self, key: str, value: Any, location: str) -> None:
         """Add one setting that was read."""
-        self.entries.append(Entry(key, value, place))
+        self.entries.append(Entry(key, value, location))
 
-    def miss(self, place: str, text: str, why: str) -> None:
+    def record_unread(self, location: str, text: str, why: str) -> None:
         """Add one part of the file that could not be read, and the reason."""
-        self.unread.append(Unread(place, text, why))
+        self.unread.append(UnreadPart(location, text, why))

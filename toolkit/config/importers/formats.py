@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import InputError
 from toolkit.base.files import read_bytes
 from toolkit.config.importers.documents import from_document
-from toolkit.config.importers.foreign import Computed, Foreign
-from toolkit.config.importers.shell import commands, flags, scalar
+from toolkit.config.importers.foreign import Computed, ForeignConfig
+from toolkit.config.importers.shell import argument_value, parse_options, split_commands
 
 if TYPE_CHECKING:
     from toolkit.config.document import Document
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from toolkit.config.source import Source
 
 # the name of each format, and the module with its table
-TABLES = {
+TABLE_MODULES = {
     "axolotl": "axolotl",
     "trl": "trl",
     "script": "scripts",
@@ -33,8 +33,8 @@ TABLES = {
 MAX_NOTEBOOK_BYTES = 32 << 20
 SCRIPT_SUFFIXES = (".py", ".ipynb", ".sh", ".bash", ".txt")
 # Keys that occur at the top level of a tool's files. A file is assigned to a tool if it has one of
-# the keys in ``_SURE``, or several of these keys (see ``_by_keys``).
-_SIGNS: dict[str, tuple[str, ...]] = {
+# the keys in ``_IDENTIFYING_KEYS``, or several of these keys (see ``_guess_by_keys``).
+_TYPICAL_KEYS: dict[str, tuple[str, ...]] = {
     "axolotl": ("base_model", "micro_batch_size", "sequence_len", "datasets", "rl", "adapter",
                 "lora_target_linear", "num_epochs", "trl"),
     "verl": ("actor_rollout_ref", "algorithm", "critic", "data", "trainer",
@@ -48,21 +48,21 @@ _SIGNS: dict[str, tuple[str, ...]] = {
             "num_generations", "per_device_train_batch_size", "dataset_train_split",
             "max_completion_length"),
 }  # fmt: skip
-_SURE = {"base_model": "axolotl", "actor_rollout_ref": "verl", "rlhf_type": "ms-swift",
+_IDENTIFYING_KEYS = {"base_model": "axolotl", "actor_rollout_ref": "verl", "rlhf_type": "ms-swift",
          "orchestrator": "prime-rl", "model_name_or_path": "trl"}  # fmt: skip
-_OVERRIDE = re.compile(r"(\+{0,2})(~?)([A-Za-z_]\w*(?:\.\w+)+)=(.*)", re.DOTALL)
+_HYDRA_OVERRIDE = re.compile(r"(\+{0,2})(~?)([A-Za-z_]\w*(?:\.\w+)+)=(.*)", re.DOTALL)
 
 
 @cache
-def table(form: str) -> Table:
+def load_table(form: str) -> Table:
     """Return the table of the format ``form``, which defines how the keys of the format are
     converted.
     """
-    found: Table = import_module(f"toolkit.config.importers.{TABLES[form]}").TABLE
-    return found
+    loaded: Table = import_module(f"toolkit.config.importers.{TABLE_MODULES[form]}").TABLE
+    return loaded
 
 
-def guess(document: Document) -> tuple[str, tuple[str, ...]] | None:
+def guess_format(document: Document) -> tuple[str, tuple[str, ...]] | None:
     """Guess the format of a loaded file. Return the name of the format, and the keys or words that
     identify it. Return None for a run file, and for a file of an unknown format.
     """
@@ -71,12 +71,12 @@ def guess(document: Document) -> tuple[str, tuple[str, ...]] | None:
         model = root.get("model")
         if model is not None and isinstance(model.value, dict) and "model_name" in model.value:
             return None
-        found = _by_keys(root)
-        if found is not None:
-            return found
+        match = _guess_by_keys(root)
+        if match is not None:
+            return match
         if "cells" in root and "nbformat" in root:
             return "script", ("cells", "nbformat")
-    return _by_text(document.source)
+    return _guess_by_text(document.source)
 
 
 TITLES = {
@@ -86,16 +86,16 @@ TITLES = {
 }  # fmt: skip
 
 
-def found_foreign(document: Document) -> Finding | None:
+def foreign_config_finding(document: Document) -> Finding | None:
     """Return the finding IMPORT001 if a loaded file looks like a file of another
     tool; else None.
     """
     from toolkit.config.finding import Fix, error_finding  # noqa: PLC0415 - only for such a file
 
-    found = guess(document)
-    if found is None:
+    match = guess_format(document)
+    if match is None:
         return None
-    form, signs = found
+    form, signs = match
     message = f"this looks like {TITLES[form]} ({', '.join(signs)}), not a run file of this toolkit"
     first = document.root.value.get(signs[0]) if isinstance(document.root.value, dict) else None
     position = None if first is None else first.key_position
@@ -104,19 +104,23 @@ def found_foreign(document: Document) -> Finding | None:
     return error_finding("IMPORT001", message, document.source, position, fix)
 
 
-def _by_keys(root: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
-    for key, form in _SURE.items():
+def _guess_by_keys(root: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
+    for key, form in _IDENTIFYING_KEYS.items():
         if key in root:
-            shown = [one for one in _SIGNS[form] if one in root]
-            return form, tuple(dict.fromkeys((key, *shown)))[:4]
-    best = max(_SIGNS, key=lambda form: sum(one in root for one in _SIGNS[form]))
-    shown = [one for one in _SIGNS[best] if one in root]
-    enough = 3 if best in ("prime-rl", "trl") else 2
-    ours = {"lora", "dataset", "reward", "grpo", "runtime"} & set(root)
-    return (best, tuple(shown[:4])) if len(shown) >= enough and not ours else None
+            matching_keys = [one for one in _TYPICAL_KEYS[form] if one in root]
+            return form, tuple(dict.fromkeys((key, *matching_keys)))[:4]
+    best = max(_TYPICAL_KEYS, key=lambda form: sum(one in root for one in _TYPICAL_KEYS[form]))
+    matching_keys = [one for one in _TYPICAL_KEYS[best] if one in root]
+    needed_count = 3 if best in ("prime-rl", "trl") else 2
+    run_file_sections = {"lora", "dataset", "reward", "grpo", "runtime"} & set(root)
+    return (
+        (best, tuple(matching_keys[:4]))
+        if len(matching_keys) >= needed_count and not run_file_sections
+        else None
+    )
 
 
-def _by_text(source: Source) -> tuple[str, tuple[str, ...]] | None:
+def _guess_by_text(source: Source) -> tuple[str, tuple[str, ...]] | None:
     suffix = source.path.suffix.lower() if source.path else ""
     if suffix not in SCRIPT_SUFFIXES:
         return None
@@ -124,14 +128,14 @@ def _by_text(source: Source) -> tuple[str, tuple[str, ...]] | None:
     for word in ("GRPOConfig", "GRPOTrainer", "FastLanguageModel"):
         if word in text and suffix in (".py", ".ipynb"):
             return "script", (word,)
-    for sign, form in _COMMANDS.items():
+    for sign, form in _COMMAND_PATTERNS.items():
         if re.search(sign, text):
             return form, (re.search(sign, text)[0],)  # type: ignore[index]  # it was found above
     return None
 
 
 _PROGRAM = re.compile(r"(^|/)(grpo|rlhf|rl)(\.py)?$")
-_COMMANDS = {
+_COMMAND_PATTERNS = {
     r"swift(\.exe)? rlhf|swift/cli/rlhf|swift\.cli\.rlhf": "ms-swift",
     r"verl\.trainer\.main_ppo|recipe\.\w+\.main_\w+": "verl",
     r"trl grpo|trl/scripts/grpo\.py|trl\.scripts\.grpo": "trl",
@@ -139,7 +143,7 @@ _COMMANDS = {
 }
 
 
-def read_foreign(name: str, form: str | None = None) -> Foreign:
+def read_foreign_config(name: str, form: str | None = None) -> ForeignConfig:
     """Return the settings in the file ``name``. ``form`` is the name of the file's format; None
     means that the format is guessed. Raises InputError if the file cannot be read or its format is
     unknown.
@@ -149,102 +153,106 @@ def read_foreign(name: str, form: str | None = None) -> Foreign:
 
     suffix = Path(name).suffix.lower()
     if suffix == ".ipynb":
-        return _notebook(name)
+        return _read_notebook_file(name)
     try:
         source = read_source(name)
     except UnreadableText as error:
         raise InputError(error.finding.message, where=name) from None
     if suffix == ".py":
-        return _script(source)
+        return _read_script_source(source)
     if suffix in SCRIPT_SUFFIXES:
-        return _commands(source, form)
+        return _read_first_command(source, form)
     document = parse_source(source)
-    found = form or (guess(document) or (None,))[0]
-    if found is None:
-        return _commands(source, None)
+    guessed_form = form or (guess_format(document) or (None,))[0]
+    if guessed_form is None:
+        return _read_first_command(source, None)
     if not document.root.value:
         message = document.findings[0].message if document.findings else "the file is empty"
         raise InputError(f"cannot be read: {message}", where=name)
-    if found == "script":
-        return _notebook(name) if name != "-" else _script(source)
-    return from_document(document, table(found))
+    if guessed_form == "script":
+        return _read_notebook_file(name) if name != "-" else _read_script_source(source)
+    return from_document(document, load_table(guessed_form))
 
 
-def _notebook(name: str) -> Foreign:
+def _read_notebook_file(name: str) -> ForeignConfig:
     from toolkit.config.importers.notebooks import read_notebook  # noqa: PLC0415 - only notebooks need it
 
     try:
-        return _something(read_notebook(read_bytes(name, limit=MAX_NOTEBOOK_BYTES), name), name)
+        return _require_settings(
+            read_notebook(read_bytes(name, limit=MAX_NOTEBOOK_BYTES), name), name
+        )
     except ValueError as error:
         raise InputError(f"cannot be read as a notebook: {error}", where=name) from None
 
 
-def _script(source: Source) -> Foreign:
+def _read_script_source(source: Source) -> ForeignConfig:
     from toolkit.config.importers.scripts import read_script  # noqa: PLC0415 - only scripts need it
 
     try:
-        return _something(read_script(source.text), source.name)
+        return _require_settings(read_script(source.text), source.name)
     except ValueError as error:
         raise InputError(f"cannot be read as Python: {error}", where=source.name) from None
 
 
-def _something(foreign: Foreign, name: str) -> Foreign:
+def _require_settings(foreign: ForeignConfig, name: str) -> ForeignConfig:
     if not foreign.entries and not foreign.unread:
-        raise unknown(name)
+        raise unknown_format_error(name)
     return foreign
 
 
-def _commands(source: Source, form: str | None) -> Foreign:
+def _read_first_command(source: Source, form: str | None) -> ForeignConfig:
     """Return the settings of the first training command in a shell script."""
-    for words in commands(source.text):
+    for words in split_commands(source.text):
         line = " ".join(word.text for word in words[:8])
-        found = form or next(
-            (kind for sign, kind in _COMMANDS.items() if re.search(sign, line)), None
+        command_form = form or next(
+            (kind for sign, kind in _COMMAND_PATTERNS.items() if re.search(sign, line)), None
         )
-        if found is None or (form is None and not _trains(words)):
+        if command_form is None or (form is None and not _has_settings(words)):
             continue
-        foreign = Foreign(found)
-        _overrides(foreign, words) if found == "verl" else _flags(foreign, words)
-        return _something(foreign, source.name)
-    raise unknown(source.name)
+        foreign = ForeignConfig(command_form)
+        _add_overrides(foreign, words) if command_form == "verl" else _add_flags(foreign, words)
+        return _require_settings(foreign, source.name)
+    raise unknown_format_error(source.name)
 
 
-def _trains(words: list[Word]) -> bool:
+def _has_settings(words: list[Word]) -> bool:
     return any(word.text.startswith("--") or "=" in word.text or word.text == "@" for word in words)
 
 
-def _flags(foreign: Foreign, words: list[Word]) -> None:
-    starts = [at for at, word in enumerate(words) if _PROGRAM.search(word.text)]
+def _add_flags(foreign: ForeignConfig, words: list[Word]) -> None:
+    starts = [index for index, word in enumerate(words) if _PROGRAM.search(word.text)]
     words = words[starts[0] :] if starts else words
-    for at, word in enumerate(words[:-1]):
+    for index, word in enumerate(words[:-1]):
         if word.text == "@":
             why = "more settings are in that file: import that file instead"
-            foreign.miss(f"line {word.line}", f"@ {words[at + 1].text}", why)
-    for key, value, line in flags(words):
+            foreign.record_unread(f"line {word.line}", f"@ {words[index + 1].text}", why)
+    for key, value, line in parse_options(words):
         if key == "config" and isinstance(value, str):
             why = "more settings are in that file: import that file instead"
-            foreign.miss(f"line {line}", f"--config {value}", why)
+            foreign.record_unread(f"line {line}", f"--config {value}", why)
         else:
             foreign.add(key, value, f"line {line}")
 
 
-def _overrides(foreign: Foreign, words: list[Word]) -> None:
+def _add_overrides(foreign: ForeignConfig, words: list[Word]) -> None:
     for word in words:
-        found = _OVERRIDE.fullmatch(word.text)
-        place = f"line {word.line}"
-        if found is None:
+        match = _HYDRA_OVERRIDE.fullmatch(word.text)
+        location = f"line {word.line}"
+        if match is None:
             if word.text.startswith("--config"):
-                foreign.miss(place, word.text, "this config file of hydra contains more settings")
+                foreign.record_unread(
+                    location, word.text, "this config file of hydra contains more settings"
+                )
             continue
-        value: Any = scalar(found[4])
-        if word.unknown:
+        value: Any = argument_value(match[4])
+        if word.unknown_part:
             value = Computed(
-                found[4], f"the value of {word.unknown} is known only when the shell runs"
+                match[4], f"the value of {word.unknown_part} is known only when the shell runs"
             )
-        foreign.add(found[3], value, place)
+        foreign.add(match[3], value, location)
 
 
-def unknown(name: str) -> InputError:
+def unknown_format_error(name: str) -> InputError:
     """Return the error for the file ``name``, whose format is unknown."""
     return InputError(
         "is not recognized as a file that can be imported. These files can be imported: "

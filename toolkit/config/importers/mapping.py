@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.secrets import is_secret_key
-from toolkit.config.importers.foreign import Computed, Entry, Foreign, Unread
+from toolkit.config.importers.foreign import Computed, Entry, ForeignConfig, UnreadPart
 from toolkit.config.migration import CONVERSIONS, FORCED_KEYS, INERT_KEYS, MOVED_KEYS, convert_key
 from toolkit.config.schemas import find_schema
 from toolkit.config.wording import show_value
@@ -22,13 +22,13 @@ SAME, RENAMED, LEFT_OUT, REFUSED = "same", "renamed", "left out", "refused"
 KINDS = (SAME, RENAMED, LEFT_OUT, REFUSED)
 
 
-class Unfit(Exception):
+class UnsupportedValue(Exception):
     """Raised for a value that cannot be expressed in a run file. The text of the exception is the
     reason.
     """
 
 
-class Later(Exception):
+class ConvertedLater(Exception):
     """Raised by ``later`` if a key cannot be converted alone. The function ``finish`` of the table
     converts the key together with other keys.
     """
@@ -38,36 +38,37 @@ def later(_value: Any) -> Any:
     """Raise Later. A row has this function as its ``convert`` if its key cannot be converted alone.
     The function ``finish`` of the table then converts the key.
     """
-    raise Later
+    raise ConvertedLater
 
 
 class Row(NamedTuple):
-    """A row of a table. It says how the key ``old`` of another tool is converted.
+    """A row of a table. It says how the key ``foreign_key`` of another tool is converted.
 
-    ``to`` is the dotted key of the run file that replaces ``old``; None means that no key replaces
-    it. If ``to`` is None, ``refused`` is True if ``old`` requests something that this toolkit does
-    not support, and False if a run does not need ``old``. ``off`` lists the values of a refused key
-    that turn the unsupported feature off. ``why`` is the reason for the conversion. ``convert`` is
-    the function that converts the value. ``trl`` is the name of the key in config/migration, if
-    that module converts the key. ``computed`` is for a value that a script computes, which is
-    unknown to the importer. It is the reason why the key can be left out in this case.
+    ``run_key`` is the dotted key of the run file that replaces ``foreign_key``; None means that no
+    key replaces it. If ``run_key`` is None, ``refused`` is True if ``foreign_key`` requests
+    something that this toolkit does not support, and False if a run does not need ``foreign_key``.
+    ``off`` lists the values of a refused key that turn the unsupported feature off. ``why`` is the
+    reason for the conversion. ``convert`` is the function that converts the value. ``trl`` is the
+    name of the key in config/migration, if that module converts the key. ``computed_reason`` is for
+    a value that a script computes, which is unknown to the importer. It is the reason why the key
+    can be left out in this case.
     """
 
-    old: str
-    to: str | None
+    foreign_key: str
+    run_key: str | None
     why: str = ""
     convert: Callable[[Any], Any] | None = None
     refused: bool = False
     off: tuple[Any, ...] = (None, False, 0, "", "none", "no")
     trl: str | None = None
-    computed: str = ""
+    computed_reason: str = ""
 
     @property
     def kind(self) -> str:
         """What happens to the key of this row: one of ``KINDS``."""
-        if self.to is None:
+        if self.run_key is None:
             return REFUSED if self.refused else LEFT_OUT
-        same = self.to.rpartition(".")[2] == self.old.rpartition(".")[2]
+        same = self.run_key.rpartition(".")[2] == self.foreign_key.rpartition(".")[2]
         return SAME if same else RENAMED
 
     def is_off(self, value: Any) -> bool:
@@ -84,7 +85,7 @@ class Default(NamedTuple):
     the other tool's default, which differs from this toolkit's default.
     """
 
-    to: str
+    run_key: str
     value: Any
     why: str
 
@@ -108,22 +109,22 @@ class Table:
     @cached_property
     def by_key(self) -> dict[str, Row]:
         """The rows as a dict. The keys of the dict are the keys of the other tool."""
-        found = {row.old: row for row in self.rows}
-        assert len(found) == len(self.rows), "a key has two rows"
-        return found
+        by_foreign_key = {row.foreign_key: row for row in self.rows}
+        assert len(by_foreign_key) == len(self.rows), "a key has two rows"
+        return by_foreign_key
 
     @cached_property
-    def groups(self) -> frozenset[str]:
+    def key_prefixes(self) -> frozenset[str]:
         """The dotted prefixes of the other tool's keys. For the key ``a.b.c``, these are ``a`` and
         ``a.b``.
         """
         return frozenset(
             ".".join(parts[:count])
-            for parts in (row.old.split(".") for row in self.rows)
+            for parts in (row.foreign_key.split(".") for row in self.rows)
             for count in range(1, len(parts))
         )
 
-    def find(self, key: str) -> Row | None:
+    def find_row(self, key: str) -> Row | None:
         """Return the row for a key of the other tool. If the key has no row of its own, return the
         row ``prefix.*`` for the longest prefix of the key. Return None if there is no such row.
         """
@@ -138,7 +139,7 @@ HIDDEN = "[hidden]"
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class RunValue:
     """The value of a run file key, and the reason for this value."""
 
     value: Any
@@ -149,7 +150,7 @@ class Written:
 class Omission:
     """A setting of the other tool that is left out of the run file, and the reason."""
 
-    place: str
+    location: str
     key: str
     value: str
     why: str
@@ -161,56 +162,56 @@ class Translation:
     that were left out, refused or not read.
     """
 
-    foreign: Foreign
+    foreign: ForeignConfig
     table: Table
-    written: dict[str, Written] = field(default_factory=dict)
+    run_values: dict[str, RunValue] = field(default_factory=dict)
     rewards: list[dict[str, Any]] = field(default_factory=list)
     reward_notes: list[str] = field(default_factory=list)  # a note for each of ``rewards``
     left_out: list[Omission] = field(default_factory=list)
     refused: list[Omission] = field(default_factory=list)
-    unread: list[Unread] = field(default_factory=list)
+    unread: list[UnreadPart] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    modules: list[str] = field(default_factory=list)  # modules of the user's rewards
+    reward_modules: list[str] = field(default_factory=list)  # modules of the user's rewards
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the current value of a run file key; ``default`` if it is not set yet."""
-        found = self.written.get(key)
-        return default if found is None else found.value
+        run_value = self.run_values.get(key)
+        return default if run_value is None else run_value.value
 
     def write(self, key: str, value: Any, why: str) -> None:
         """Set a run file key to ``value``. If the key already has another value, replace that value
         and add a note.
         """
-        before = self.written.get(key)
-        if before is not None and before.value != value:
+        previous = self.run_values.get(key)
+        if previous is not None and previous.value != value:
             self.notes.append(
-                f"{key}: {show_value(value)} ({why}) replaces {show_value(before.value)} "
-                f"({before.why})"
+                f"{key}: {show_value(value)} ({why}) replaces {show_value(previous.value)} "
+                f"({previous.why})"
             )
-        self.written[key] = Written(value, why)
+        self.run_values[key] = RunValue(value, why)
 
-    def take(self, *keys: str) -> dict[str, Entry]:
+    def find_entries(self, *keys: str) -> dict[str, Entry]:
         """Return the settings with the given ``keys`` from the other tool's file, as a dict by key.
         If the file sets a key several times, the last setting is used.
         """
         return {entry.key: entry for entry in self.foreign.entries if entry.key in keys}
 
-    def value_of(self, key: str, default: Any = None) -> Any:
+    def foreign_value(self, key: str, default: Any = None) -> Any:
         """Return the value that the other tool's file sets for a key. Return ``default`` if the
         file does not set the key, or if the value is known only when the file runs.
         """
-        found = self.take(key).get(key)
+        found = self.find_entries(key).get(key)
         return default if found is None or isinstance(found.value, Computed) else found.value
 
-    def reward(self, name: str, note: str, **options: Any) -> None:
+    def add_reward(self, name: str, note: str, **options: Any) -> None:
         """Add a reward function with its ``options`` to the run file. ``note`` becomes a comment in
         the run file.
         """
         self.rewards.append({"name": name, **({"options": options} if options else {})})
         self.reward_notes.append(note)
         module = name.partition(":")[0]
-        if ":" in name and module not in self.modules:
-            self.modules.append(module)
+        if ":" in name and module not in self.reward_modules:
+            self.reward_modules.append(module)
 
     def refuse(self, entry: Entry, why: str) -> None:
         """Record a setting that requests something that this toolkit does not support, and the
@@ -218,30 +219,30 @@ class Translation:
         """
         self.refused.append(_omission(entry, why))
 
-    def leave(self, entry: Entry, why: str) -> None:
+    def leave_out(self, entry: Entry, why: str) -> None:
         """Record a setting that a run file does not need, and the reason."""
         self.left_out.append(_omission(entry, why))
 
-    def miss(self, entry: Entry, why: str) -> None:
+    def record_unread(self, entry: Entry, why: str) -> None:
         """Record a setting whose value could not be read, and the reason."""
-        self.unread.append(Unread(entry.place, f"{entry.key}: {_shown(entry)}", why))
+        self.unread.append(UnreadPart(entry.location, f"{entry.key}: {_value_text(entry)}", why))
 
 
 def _omission(entry: Entry, why: str) -> Omission:
-    return Omission(entry.place, entry.key, _shown(entry), why)
+    return Omission(entry.location, entry.key, _value_text(entry), why)
 
 
-def _shown(entry: Entry) -> str:
+def _value_text(entry: Entry) -> str:
     value = entry.value
     if is_secret_key(entry.key.rpartition(".")[2]):
         return HIDDEN
     return value.text if isinstance(value, Computed) else show_value(value)
 
 
-def entries_of(made: Translation, keys: Iterable[str]) -> list[Entry]:
+def entries_in_order(translation: Translation, keys: Iterable[str]) -> list[Entry]:
     """Return the settings of the other tool with these keys, in the order of the file."""
-    wanted = set(keys)
-    return [entry for entry in made.foreign.entries if entry.key in wanted]
+    key_set = set(keys)
+    return [entry for entry in translation.foreign.entries if entry.key in key_set]
 
 
 def rows(to: str, *names: str, prefix: str = "") -> Iterator[Row]:
@@ -251,7 +252,7 @@ def rows(to: str, *names: str, prefix: str = "") -> Iterator[Row]:
     return (Row(f"{prefix}{name}", f"{to}.{name}") for name in names)
 
 
-def left(why: str, *names: str) -> Iterator[Row]:
+def omit(why: str, *names: str) -> Iterator[Row]:
     """Return a row for each key in ``names``. A run does not need these keys, and ``why`` is the
     reason.
     """
@@ -270,85 +271,91 @@ def trl_rows(prefix: str = "") -> Iterator[Row]:
     """Yield a row for each key that TRL's GRPOConfig has now or had in earlier versions. ``prefix``
     is put before the keys.
     """
-    known = find_schema("run")["properties"]["grpo"]["properties"]
-    older = [old.partition(".")[2] for old in MOVED_KEYS if old.startswith("grpo.")]
-    for name in dict.fromkeys((*known, *older)):
-        key, old = f"grpo.{name}", f"{prefix}{name}"
-        ours, schema = _OURS.get(name), known.get(name, {})
-        if ours is not None:
-            yield ours._replace(old=old)
+    properties = find_schema("run")["properties"]["grpo"]["properties"]
+    older_names = [
+        foreign_key.partition(".")[2]
+        for foreign_key in MOVED_KEYS
+        if foreign_key.startswith("grpo.")
+    ]
+    for name in dict.fromkeys((*properties, *older_names)):
+        key, foreign_key = f"grpo.{name}", f"{prefix}{name}"
+        special_row, schema = _SPECIAL_ROWS.get(name), properties.get(name, {})
+        if special_row is not None:
+            yield special_row._replace(foreign_key=foreign_key)
         elif key in FORCED_KEYS or key in INERT_KEYS:
-            yield Row(old, None, FORCED_KEYS.get(key) or INERT_KEYS[key])
-        elif name in known and "x-refused" not in schema:
-            yield Row(old, key)
+            yield Row(foreign_key, None, FORCED_KEYS.get(key) or INERT_KEYS[key])
+        elif name in properties and "x-refused" not in schema:
+            yield Row(foreign_key, key)
         else:
             refusal = schema.get("x-refused", {})
-            conversion, moved = CONVERSIONS.get(key), MOVED_KEYS.get(key)
-            to = (conversion.new_key if conversion else None) or (moved.new_key if moved else None)
-            why = moved.sentence if moved else refusal.get("why", "")
-            yield Row(old, to if to and "." in to else None, why, trl=key)
+            conversion, moved_key = CONVERSIONS.get(key), MOVED_KEYS.get(key)
+            run_key = (conversion.new_key if conversion else None) or (
+                moved_key.new_key if moved_key else None
+            )
+            why = moved_key.sentence if moved_key else refusal.get("why", "")
+            yield Row(foreign_key, run_key if run_key and "." in run_key else None, why, trl=key)
 
 
-_PUBLISH = (
+_NO_PUBLISHING = (
     "a run writes only to its run folder; to publish it, use toolkit export and the tools of the "
     "hub"
 )
-_SPREAD = (
+_DATA_PARALLEL = (
     "every GPU has a complete copy of the model; several GPUs train data-parallel "
     "(--nproc-per-node)"
 )
 _ONE_PROCESS = "the engine runs in the training process, so there is no vLLM server"
-_FORMAT = "`model.dtype: auto` uses bfloat16 if the GPU supports it"
+_AUTO_DTYPE = "`model.dtype: auto` uses bfloat16 if the GPU supports it"
 # Keys of TRL that a run file refuses, but that an imported file can simply leave out.
-_OURS = {
-    row.old: row
+_SPECIAL_ROWS = {
+    row.foreign_key: row
     for row in (
         Row("output_dir", "runtime.output_dir"),
         Row("trust_remote_code", "model.trust_remote_code"),
         Row("vllm_tensor_parallel_size", None, "this setting splits only the engine, but "
                                                "model.tensor_parallel_size splits the trainer "
                                                "too"),
-        Row("bf16", None, _FORMAT),
-        Row("fp16", None, _FORMAT),
-        Row("bf16_full_eval", None, _FORMAT),
-        Row("fp16_full_eval", None, _FORMAT),
-        *left(_SPREAD, "deepspeed", "fsdp", "fsdp_config", "ds3_gather_for_generation"),
-        *left(
-            _PUBLISH, "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id",
+        Row("bf16", None, _AUTO_DTYPE),
+        Row("fp16", None, _AUTO_DTYPE),
+        Row("bf16_full_eval", None, _AUTO_DTYPE),
+        Row("fp16_full_eval", None, _AUTO_DTYPE),
+        *omit(_DATA_PARALLEL, "deepspeed", "fsdp", "fsdp_config", "ds3_gather_for_generation"),
+        *omit(
+            _NO_PUBLISHING, "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id",
             "hub_strategy", "hub_always_push", "hub_revision",
         ),
-        *left(
+        *omit(
             _ONE_PROCESS, "vllm_mode", "vllm_server_base_url", "vllm_server_host",
             "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_model_impl",
         ),
-        *left("to resume a run, start the same command again", "resume_from_checkpoint",
+        *omit("to resume a run, start the same command again", "resume_from_checkpoint",
               "ignore_data_skip", "save_only_model", "overwrite_output_dir"),
-        *left("a run always trains; grpo.eval_strategy turns evaluation on", "do_train", "do_eval",
+        *omit("a run always trains; grpo.eval_strategy turns evaluation on", "do_train", "do_eval",
               "do_predict"),
-        *left("runtime.reproducible decides whether deterministic kernels are used",
+        *omit("runtime.reproducible decides whether deterministic kernels are used",
               "gradient_checkpointing_kwargs"),
-        *left("the launcher (torchrun) sets this value", "local_rank"),
-        *left("every run writes a checkpoint when it receives a signal to stop",
+        *omit("the launcher (torchrun) sets this value", "local_rank"),
+        *omit("every run writes a checkpoint when it receives a signal to stop",
               "enable_jit_checkpoint"),
-        *left("all logs are in the run folder", "logging_dir"),
+        *omit("all logs are in the run folder", "logging_dir"),
     )
 }  # fmt: skip
 
 
-def resolve_trl(row: Row, value: Any) -> tuple[str | None, Any]:
+def convert_trl_setting(row: Row, value: Any) -> tuple[str | None, Any]:
     """Return the run file key and the value that replace a setting of TRL. ``row`` is the row of
     TRL's key. The returned key is None if a run file does not need the setting. Raises Unfit if the
     user must decide.
     """
     assert row.trl is not None
-    today = convert_key(row.trl, value)
-    if today is None and row.trl in MOVED_KEYS and row.to is None:
+    conversion = convert_key(row.trl, value)
+    if conversion is None and row.trl in MOVED_KEYS and row.run_key is None:
         return None, None  # the key was removed, and the user need not decide anything
-    if today is None:
-        raise Unfit(row.why or "a run file does not have this key")
-    return today
+    if conversion is None:
+        raise UnsupportedValue(row.why or "a run file does not have this key")
+    return conversion
 
 
-def text_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """Return ``value`` as a list. A value that is not a list becomes a list with one item."""
     return list(value) if isinstance(value, (list, tuple)) else [value]

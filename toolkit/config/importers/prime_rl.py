@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config.importers.common import (
     NO_ADAPTER,
-    dtype,
-    fit_length,
-    is_count,
-    positive,
-    renamed,
-    targets,
-    whole_batch,
+    convert_dtype,
+    convert_targets,
+    is_positive_integer,
+    new_name,
+    positive_or_none,
+    set_batch_size,
+    set_sequence_length,
 )
-from toolkit.config.importers.mapping import Default, Row, Table, left, refused
+from toolkit.config.importers.mapping import Default, Row, Table, omit, refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,11 +44,11 @@ _ENVIRONMENT = (
 
 
 def _schedule(value: Any) -> Any:
-    return renamed(value, {"constant": "constant_with_warmup"})
+    return new_name(value, {"constant": "constant_with_warmup"})
 
 
 def _optimizer(value: Any) -> Any:
-    return renamed(value, {"adamw": "adamw_torch", "sgd": "sgd"})
+    return new_name(value, {"adamw": "adamw_torch", "sgd": "sgd"})
 
 
 def _checkpointing(value: Any) -> bool:
@@ -65,17 +65,17 @@ def _model(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}model.seq_len", "model.max_seq_length")
     yield Row(f"{prefix}model.max_model_len", "model.max_seq_length")
     yield Row(f"{prefix}model.attn", "model.attn_implementation")
-    yield Row(f"{prefix}model.dtype", "model.dtype", convert=dtype)
+    yield Row(f"{prefix}model.dtype", "model.dtype", convert=convert_dtype)
     yield Row(f"{prefix}model.enforce_eager", "model.enforce_eager")
     yield Row(f"{prefix}model.ac", "lora.use_gradient_checkpointing", convert=_checkpointing)
     yield Row(f"{prefix}model.lora.rank", "lora.r")
     yield Row(f"{prefix}model.lora.alpha", "lora.lora_alpha")
     yield Row(f"{prefix}model.lora.dropout", "lora.lora_dropout")
-    yield Row(f"{prefix}model.lora.target_modules", "lora.target_modules", convert=targets)
+    yield Row(f"{prefix}model.lora.target_modules", "lora.target_modules", convert=convert_targets)
     yield Row(f"{prefix}model.lora.modules_to_save", "lora.modules_to_save")
     yield Row(f"{prefix}model.experimental.lora.rank", "lora.r")
     yield Row(f"{prefix}model.experimental.lora.alpha", "lora.lora_alpha")
-    yield from left(
+    yield from omit(
         "the toolkit chooses this setting itself when it loads the model", f"{prefix}model.*"
     )
 
@@ -90,13 +90,13 @@ def _training(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}optim.type", "grpo.optim", convert=_optimizer)
     yield Row(f"{prefix}scheduler.type", "grpo.lr_scheduler_type", convert=_schedule)
     yield Row(f"{prefix}scheduler.warmup_steps", "grpo.warmup_steps")
-    yield from left(
+    yield from omit(
         "the default of the schedule or the optimizer is used",
         f"{prefix}scheduler.*",
         f"{prefix}optim.*",
     )
     yield from refused(_LOSS, f"{prefix}loss.*")
-    yield from left(_SPREAD, f"{prefix}dist_timeout_seconds", f"{prefix}weight_broadcast.*",
+    yield from omit(_SPREAD, f"{prefix}dist_timeout_seconds", f"{prefix}weight_broadcast.*",
                     f"{prefix}tokenizer.*", f"{prefix}data.*")  # fmt: skip
 
 
@@ -108,15 +108,19 @@ def _sampling(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}sampling.top_p", "grpo.top_p")
     yield Row(f"{prefix}sampling.top_k", "grpo.top_k")
     yield Row(f"{prefix}sampling.min_p", "grpo.min_p")
-    yield Row(f"{prefix}sampling.min_tokens", "grpo.generation_kwargs.min_tokens", convert=positive)
-    yield from left("grpo.seed is the seed of sampling", f"{prefix}sampling.seed")
+    yield Row(
+        f"{prefix}sampling.min_tokens",
+        "grpo.generation_kwargs.min_tokens",
+        convert=positive_or_none,
+    )
+    yield from omit("grpo.seed is the seed of sampling", f"{prefix}sampling.seed")
     yield from refused(
         "the temperature cannot change during a run", f"{prefix}sampling.temp_scheduler.*"
     )
     yield from refused(
         "set other sampling keywords in grpo.generation_kwargs", f"{prefix}sampling.extra_body"
     )
-    yield from left("the default of the engine is used", f"{prefix}sampling.*")
+    yield from omit("the default of the engine is used", f"{prefix}sampling.*")
 
 
 def _rollouts(prefix: str) -> Iterator[Row]:
@@ -126,7 +130,7 @@ def _rollouts(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}seq_len", "model.max_seq_length")
     yield Row(f"{prefix}seed", "grpo.seed")
     yield Row(f"{prefix}mask_truncated_completions", "grpo.mask_truncated_completions")
-    yield from left(
+    yield from omit(
         "the toolkit chooses the size of the micro-batches", f"{prefix}micro_batch_size"
     )
     yield from _sampling(prefix)
@@ -135,8 +139,8 @@ def _rollouts(prefix: str) -> Iterator[Row]:
         name = f"{prefix}{place}"
         yield from refused(_ENVIRONMENT, f"{name}.id", f"{name}.args", f"{name}.taskset",
                            f"{name}.harness")  # fmt: skip
-        yield from left("this setting belongs to the environment", f"{name}.*")
-    yield from left(_APART, f"{prefix}max_async_level", f"{prefix}async_level", f"{prefix}client.*",
+        yield from omit("this setting belongs to the environment", f"{name}.*")
+    yield from omit(_APART, f"{prefix}max_async_level", f"{prefix}async_level", f"{prefix}client.*",
                     f"{prefix}oversampling_factor", f"{prefix}num_train_workers",
                     f"{prefix}max_off_policy_steps", f"{prefix}renderer.*",
                     f"{prefix}tasks_per_minute", f"{prefix}max_concurrent")  # fmt: skip
@@ -147,30 +151,30 @@ def _rollouts(prefix: str) -> Iterator[Row]:
         "of their rewards",
         *pools,
     )
-    yield from left("grpo.seed determines the order of the prompts", f"{prefix}buffer.*")
-    yield from left("set dataset.eval_path to the evaluation data", f"{prefix}eval.*",
+    yield from omit("grpo.seed determines the order of the prompts", f"{prefix}buffer.*")
+    yield from omit("set dataset.eval_path to the evaluation data", f"{prefix}eval.*",
                     f"{prefix}val.*")  # fmt: skip
-    yield from left(_TRACKER, f"{prefix}wandb.*", f"{prefix}log.*", f"{prefix}monitor.*",
+    yield from omit(_TRACKER, f"{prefix}wandb.*", f"{prefix}log.*", f"{prefix}monitor.*",
                     f"{prefix}prime_monitor.*")  # fmt: skip
 
 
-def _finish(made: Translation) -> None:
-    if "lora.r" not in made.written:
-        made.notes.append(f"The file does not set model.lora, but {NO_ADAPTER}.")
-    total = made.get("grpo.generation_batch_size")
-    if is_count(total):
-        whole_batch(made, total, made.written["grpo.generation_batch_size"].why)
-    made.notes.append(
+def _finish(translation: Translation) -> None:
+    if "lora.r" not in translation.run_values:
+        translation.notes.append(f"The file does not set model.lora, but {NO_ADAPTER}.")
+    total = translation.get("grpo.generation_batch_size")
+    if is_positive_integer(total):
+        set_batch_size(translation, total, translation.run_values["grpo.generation_batch_size"].why)
+    translation.notes.append(
         "prime-rl takes its data and rewards from an environment of the library verifiers. "
         "Write the sections `dataset` and `reward`, or the section `environment`."
     )
-    fit_length(made)
+    set_sequence_length(translation)
 
 
-def _once(rows: Iterator[Row]) -> tuple[Row, ...]:
+def _unique_rows(rows: Iterator[Row]) -> tuple[Row, ...]:
     found: dict[str, Row] = {}
     for row in rows:
-        found.setdefault(row.old, row)
+        found.setdefault(row.foreign_key, row)
     return tuple(found.values())
 
 
@@ -181,7 +185,7 @@ def _rows() -> Iterator[Row]:
     yield Row("ckpt.keep_last", "runtime.keep_last")
     for prefix in ("", "trainer.", "orchestrator."):
         why = "grpo.save_steps sets when checkpoints are written"
-        yield from left(why, f"{prefix}ckpt", f"{prefix}ckpt.*")
+        yield from omit(why, f"{prefix}ckpt", f"{prefix}ckpt.*")
     yield from _training("")
     yield from _training("trainer.")
     yield from _rollouts("")
@@ -196,7 +200,7 @@ def _rows() -> Iterator[Row]:
         None,
         "the engine shares the GPU with the trainer; use `envcheck size` to compute the value",
     )
-    yield from left(_APART, "inference", "inference.*", "deployment.*", "trainer", "trainer.*",
+    yield from omit(_APART, "inference", "inference.*", "deployment.*", "trainer", "trainer.*",
                     "orchestrator", "inference_gpu_ids", "trainer_gpu_ids", "weight_broadcast.*",
                     "async_level", "clean", "bench", "slurm.*", "experimental.*")  # fmt: skip
 
@@ -204,7 +208,7 @@ def _rows() -> Iterator[Row]:
 TABLE = Table(
     form="prime-rl",
     title="prime-rl",
-    rows=_once(_rows()),
+    rows=_unique_rows(_rows()),
     defaults=(
         Default("grpo.lr_scheduler_type", "constant", "prime-rl's default"),
         Default("grpo.weight_decay", 0.01, "prime-rl's default"),

@@ -8,119 +8,139 @@ import ast
 from typing import TYPE_CHECKING
 
 from toolkit.config.engine_settings import OPTIONS
-from toolkit.config.importers.common import NO_ADAPTER, dtype, fit_length, split_warmup, targets
-from toolkit.config.importers.foreign import Computed, Foreign
+from toolkit.config.importers.common import (
+    NO_ADAPTER,
+    convert_dtype,
+    convert_targets,
+    set_sequence_length,
+    set_warmup_steps,
+)
+from toolkit.config.importers.foreign import Computed, ForeignConfig
 from toolkit.config.importers.mapping import (
     Row,
     Table,
+    as_list,
     later,
-    left,
+    omit,
     refused,
     rows,
-    text_list,
     trl_rows,
 )
-from toolkit.config.importers.syntax import Names, called, owner, parse, shown
+from toolkit.config.importers.syntax import (
+    ConstantNames,
+    called_name,
+    owner_name,
+    parse,
+    short_source,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from toolkit.config.importers.mapping import Translation
 
-_FAST = ("FastLanguageModel", "FastModel", "FastVisionModel")
-_AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoPeftModelForCausalLM")
+_FAST_CLASSES = ("FastLanguageModel", "FastModel", "FastVisionModel")
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoPeftModelForCausalLM")
 # Calls whose keyword arguments are settings: the name of the called object, and the prefix of the
 # keys.
-_CALLS = {"GRPOConfig": "GRPOConfig", "LoraConfig": "LoraConfig",
+_CALL_PREFIXES = {"GRPOConfig": "GRPOConfig", "LoraConfig": "LoraConfig",
           "BitsAndBytesConfig": "BitsAndBytesConfig", "GRPOTrainer": "GRPOTrainer",
           "load_dataset": "load_dataset"}  # fmt: skip
-_POSITIONS = {"from_pretrained": ("model_name",), "load_dataset": ("path", "name"),
+_POSITIONAL_NAMES = {"from_pretrained": ("model_name",), "load_dataset": ("path", "name"),
               "GRPOTrainer": ("model", "reward_funcs", "args", "train_dataset")}  # fmt: skip
-_CHANGES = ("map", "filter", "rename_column", "rename_columns", "train_test_split", "select")
-_FILES = ("json", "csv", "parquet", "arrow", "text")
+_ROW_CHANGES = ("map", "filter", "rename_column", "rename_columns", "train_test_split", "select")
+_FILE_FORMATS = ("json", "csv", "parquet", "arrow", "text")
 _SAMPLING = "vllm_sampling_params"
 
 
-def read_script(text: str, place: Callable[[int], str] | None = None) -> Foreign:
-    """Return the settings in a script. ``place`` is a function that converts a line number to a
-    position for messages. Raises ValueError if the text is not Python.
+def read_script(text: str, location_of: Callable[[int], str] | None = None) -> ForeignConfig:
+    """Return the settings in a script. ``location_of`` is a function that converts a line number to
+    a position for messages. Raises ValueError if the text is not Python.
     """
-    reader = _Reader(parse(text), place or (lambda line: f"line {line}"))
+    reader = _ScriptReader(parse(text), location_of or (lambda line: f"line {line}"))
     reader.read()
     return reader.foreign
 
 
-class _Reader:
-    def __init__(self, tree: ast.Module, place: Callable[[int], str]) -> None:
-        self.tree, self.place = tree, place
-        self.names = Names(tree)
-        self.foreign = Foreign("script")
-        self.seen: set[str] = set()
-        self.data = False
+class _ScriptReader:
+    def __init__(self, tree: ast.Module, location_of: Callable[[int], str]) -> None:
+        self.tree, self.location_of = tree, location_of
+        self.names = ConstantNames(tree)
+        self.foreign = ForeignConfig("script")
+        self.seen_prefixes: set[str] = set()
+        self.has_data_set = False
 
     def read(self) -> None:
         calls = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
         for call in sorted(calls, key=lambda one: (one.lineno, one.col_offset)):
-            self.call(call)
-        self.attributes()
+            self.read_call(call)
+        self.read_attributes()
 
-    def call(self, call: ast.Call) -> None:
-        name = called(call.func)
-        if name == "from_pretrained" and owner(call.func) in (*_FAST, *_AUTO):
-            self.arguments(
+    def read_call(self, call: ast.Call) -> None:
+        name = called_name(call.func)
+        if name == "from_pretrained" and owner_name(call.func) in (
+            *_FAST_CLASSES,
+            *_AUTO_CLASSES,
+        ):
+            self.read_arguments(
                 call,
                 name,
-                f"{'FastLanguageModel' if owner(call.func) in _FAST else 'AutoModel'}.{name}",
+                f"{'FastLanguageModel' if owner_name(call.func) in _FAST_CLASSES else 'AutoModel'}"
+                f".{name}",
             )
         elif name == "get_peft_model":
-            self.arguments(call, name, name)
-        elif name in _CALLS:
-            self.arguments(call, name, _CALLS[name])
-        elif name in _CHANGES and isinstance(call.func, ast.Attribute) and self.data:
+            self.read_arguments(call, name, name)
+        elif name in _CALL_PREFIXES:
+            self.read_arguments(call, name, _CALL_PREFIXES[name])
+        elif name in _ROW_CHANGES and isinstance(call.func, ast.Attribute) and self.has_data_set:
             why = (
                 "this code changes the rows of the data set. Write the changed rows to a file, "
                 "or set dataset.prompt to the prompt column of the unchanged rows"
             )
-            self.foreign.miss(self.place(call.lineno), f"{shown(call.func)}(...)", why)
+            self.foreign.record_unread(
+                self.location_of(call.lineno), f"{short_source(call.func)}(...)", why
+            )
         elif name in ("TrlParser", "HfArgumentParser"):
             why = (
                 "the settings come from the command line: import that command or its YAML file "
                 "instead"
             )
-            self.foreign.miss(self.place(call.lineno), f"{name}(...)", why)
+            self.foreign.record_unread(self.location_of(call.lineno), f"{name}(...)", why)
 
-    def arguments(self, call: ast.Call, name: str, prefix: str) -> None:
-        where = self.place(call.lineno)
-        if prefix in self.seen:
-            self.foreign.miss(where, f"{name}(...)", "only the first such call is converted")
+    def read_arguments(self, call: ast.Call, name: str, prefix: str) -> None:
+        where = self.location_of(call.lineno)
+        if prefix in self.seen_prefixes:
+            self.foreign.record_unread(
+                where, f"{name}(...)", "only the first such call is converted"
+            )
             return
-        self.seen.add(prefix)
-        self.data |= name == "load_dataset"
+        self.seen_prefixes.add(prefix)
+        self.has_data_set |= name == "load_dataset"
         if name in ("get_peft_model", "LoraConfig"):
             self.foreign.add("adapter", True, where)
-        for position, value in zip(_POSITIONS.get(name, ()), call.args, strict=False):
-            self.argument(prefix, position, value)
+        for position, value in zip(_POSITIONAL_NAMES.get(name, ()), call.args, strict=False):
+            self.read_argument(prefix, position, value)
         for keyword in call.keywords:
             if keyword.arg is None:
-                text = f"{name}(**{shown(keyword.value)})"
+                text = f"{name}(**{short_source(keyword.value)})"
                 why = "the arguments are put together when the script runs"
-                self.foreign.miss(self.place(keyword.value.lineno), text, why)
+                self.foreign.record_unread(self.location_of(keyword.value.lineno), text, why)
             else:
-                self.argument(prefix, keyword.arg, keyword.value)
+                self.read_argument(prefix, keyword.arg, keyword.value)
 
-    def argument(self, prefix: str, name: str, value: ast.expr) -> None:
-        where = self.place(value.lineno)
+    def read_argument(self, prefix: str, name: str, value: ast.expr) -> None:
+        where = self.location_of(value.lineno)
         if prefix == "GRPOTrainer":
-            self.trainer(name, value, where)
+            self.read_trainer_argument(name, value, where)
         elif name == _SAMPLING:
-            self.sampling(value, where)
+            self.read_sampling_params(value, where)
         else:
             self.foreign.add(f"{prefix}.{name}", self.names.value(value), where)
 
-    def trainer(self, name: str, value: ast.expr, where: str) -> None:
+    def read_trainer_argument(self, name: str, value: ast.expr, where: str) -> None:
         if name == "reward_funcs":
-            found = self.names.lookup(value.id) if isinstance(value, ast.Name) else None
-            listed = found if isinstance(found, (ast.List, ast.Tuple)) else value
+            assigned = self.names.lookup(value.id) if isinstance(value, ast.Name) else None
+            listed = assigned if isinstance(assigned, (ast.List, ast.Tuple)) else value
             items = listed.elts if isinstance(listed, (ast.List, ast.Tuple)) else [listed]
             self.foreign.add("GRPOTrainer.reward_funcs", [_reward(item) for item in items], where)
         elif name == "model":
@@ -128,102 +148,118 @@ class _Reader:
             if isinstance(constant, str):
                 self.foreign.add("GRPOTrainer.model", constant, where)
         elif name in ("tools", "environment_factory", "rollout_func", "callbacks"):
-            self.foreign.add(f"GRPOTrainer.{name}", Computed(shown(value)), where)
+            self.foreign.add(f"GRPOTrainer.{name}", Computed(short_source(value)), where)
 
-    def sampling(self, value: ast.expr, where: str) -> None:
-        found = self.names.lookup(value.id) if isinstance(value, ast.Name) else value
-        if not isinstance(found, ast.Call):
-            self.foreign.miss(
-                where, f"{_SAMPLING}={shown(value)}", "the value is created elsewhere in the script"
+    def read_sampling_params(self, value: ast.expr, where: str) -> None:
+        assigned = self.names.lookup(value.id) if isinstance(value, ast.Name) else value
+        if not isinstance(assigned, ast.Call):
+            self.foreign.record_unread(
+                where,
+                f"{_SAMPLING}={short_source(value)}",
+                "the value is created elsewhere in the script",
             )
             return
-        for keyword in found.keywords:
+        for keyword in assigned.keywords:
             if keyword.arg is not None:
                 key = f"{_SAMPLING}.{keyword.arg}"
-                self.foreign.add(key, self.names.value(keyword.value), self.place(found.lineno))
+                self.foreign.add(
+                    key, self.names.value(keyword.value), self.location_of(assigned.lineno)
+                )
 
-    def attributes(self) -> None:
+    def read_attributes(self) -> None:
         """Read assignments such as ``training_args.max_steps = 100`` after ``training_args =
         GRPOConfig(...)``.
         """
-        for name, attribute, value, line in self.names.settings:
-            made = self.names.lookup(name)
-            if isinstance(made, ast.Call) and called(made.func) in ("GRPOConfig", "LoraConfig"):
-                key = f"{called(made.func)}.{attribute}"
-                self.foreign.add(key, self.names.value(value), self.place(line))
+        for name, attribute, value, line in self.names.attribute_assignments:
+            assigned = self.names.lookup(name)
+            if isinstance(assigned, ast.Call) and called_name(assigned.func) in (
+                "GRPOConfig",
+                "LoraConfig",
+            ):
+                key = f"{called_name(assigned.func)}.{attribute}"
+                self.foreign.add(key, self.names.value(value), self.location_of(line))
 
 
 def _reward(item: ast.expr) -> str:
     if isinstance(item, ast.Constant) and isinstance(item.value, str):
         return item.value
-    return shown(item)
+    return short_source(item)
 
 
-def _rewards(made: Translation) -> None:
-    for entry in made.take("GRPOTrainer.reward_funcs").values():
-        for name in map(str, text_list(entry.value)):
+def _add_rewards(translation: Translation) -> None:
+    for entry in translation.find_entries("GRPOTrainer.reward_funcs").values():
+        for name in map(str, as_list(entry.value)):
             if name.isidentifier():
-                made.reward(f"rewards:{name}", f"{entry.place}: {name} is a function of the script")
+                translation.add_reward(
+                    f"rewards:{name}", f"{entry.location}: {name} is a function of the script"
+                )
             else:
-                made.refuse(
+                translation.refuse(
                     entry,
                     f"{name} is not the name of a function. Write the reward as a function, and "
                     "use the function's name",
                 )
-    if made.modules:
-        made.notes.append(
+    if translation.reward_modules:
+        translation.notes.append(
             "Move the reward functions into a file rewards.py next to this file. A run imports "
             "the module of each reward function, and importing the script itself would start "
             "its training."
         )
 
 
-def _data(made: Translation) -> None:
-    path, files = made.get("dataset.path"), made.value_of("load_dataset.data_files")
+def _set_data_path(translation: Translation) -> None:
+    path, files = (
+        translation.get("dataset.path"),
+        translation.foreign_value("load_dataset.data_files"),
+    )
     if isinstance(files, dict):
         files = files.get("train", next(iter(files.values()), None))
-    if path in _FILES and isinstance(files, str):
-        made.written.pop("dataset.path")
-        where = made.take("load_dataset.path")["load_dataset.path"].place
-        made.write("dataset.path", files, f"{where}: load_dataset.path {path}, with data_files")
+    if path in _FILE_FORMATS and isinstance(files, str):
+        translation.run_values.pop("dataset.path")
+        where = translation.find_entries("load_dataset.path")["load_dataset.path"].location
+        translation.write(
+            "dataset.path", files, f"{where}: load_dataset.path {path}, with data_files"
+        )
 
 
-def _finish(made: Translation) -> None:
-    keys = {entry.key for entry in made.foreign.entries}
-    fast = any(key.startswith("FastLanguageModel.") for key in keys)
+def _finish(translation: Translation) -> None:
+    keys = {entry.key for entry in translation.foreign.entries}
+    uses_unsloth = any(key.startswith("FastLanguageModel.") for key in keys)
     if "adapter" not in keys:
-        made.notes.append(f"The script does not create an adapter, but {NO_ADAPTER}.")
-    if fast and "model.load_in_4bit" not in made.written:
-        asks = any(made.get(f"model.load_in_{kind}") for kind in ("8bit", "16bit", "fp8"))
-        if not (asks or made.get("model.full_finetuning")):
-            made.write("model.load_in_4bit", True, "Unsloth's default")
-    if fast and made.get("model.fast_inference") is None:
-        made.write(
+        translation.notes.append(f"The script does not create an adapter, but {NO_ADAPTER}.")
+    if uses_unsloth and "model.load_in_4bit" not in translation.run_values:
+        sets_format = any(
+            translation.get(f"model.load_in_{kind}") for kind in ("8bit", "16bit", "fp8")
+        )
+        if not (sets_format or translation.get("model.full_finetuning")):
+            translation.write("model.load_in_4bit", True, "Unsloth's default")
+    if uses_unsloth and translation.get("model.fast_inference") is None:
+        translation.write(
             "runtime.engine", "transformers", "the default of fast_inference is false in Unsloth"
         )
-    _rewards(made)
-    _data(made)
-    _warmup(made)
-    fit_length(made)
+    _add_rewards(translation)
+    _set_data_path(translation)
+    _set_warmup(translation)
+    set_sequence_length(translation)
 
 
-def _warmup(made: Translation) -> None:
-    split_warmup(made)
-    steps = made.value_of("GRPOConfig.warmup_steps")
+def _set_warmup(translation: Translation) -> None:
+    set_warmup_steps(translation)
+    steps = translation.foreign_value("GRPOConfig.warmup_steps")
     if isinstance(steps, int) and steps > 0:
-        made.write("grpo.warmup_steps", steps, "GRPOConfig.warmup_steps")
+        translation.write("grpo.warmup_steps", steps, "GRPOConfig.warmup_steps")
 
 
-def _fast() -> Iterator[Row]:
+def _unsloth_rows() -> Iterator[Row]:
     own = "FastLanguageModel.from_pretrained."
     yield from rows("model", "model_name", "max_seq_length", "load_in_4bit", "load_in_8bit",
                     "load_in_16bit", "load_in_fp8", "full_finetuning", "fast_inference", "revision",
                     "trust_remote_code", "attn_implementation", *OPTIONS, prefix=own)  # fmt: skip
-    yield Row(f"{own}dtype", "model.dtype", convert=dtype)
-    yield from left("the toolkit reads this setting from the files of the checkpoint",
+    yield Row(f"{own}dtype", "model.dtype", convert=convert_dtype)
+    yield from omit("the toolkit reads this setting from the files of the checkpoint",
                     f"{own}rope_scaling", f"{own}fix_tokenizer",
                     f"{own}use_exact_model_name", f"{own}resize_model_vocab")  # fmt: skip
-    yield from left("each process loads the model onto its own GPU", f"{own}device_map",
+    yield from omit("each process loads the model onto its own GPU", f"{own}device_map",
                     f"{own}disable_log_stats", f"{own}unsloth_vllm_standby")  # fmt: skip
     yield Row(f"{own}random_state", "lora.random_state")
     yield Row(f"{own}use_gradient_checkpointing", "lora.use_gradient_checkpointing")
@@ -231,32 +267,32 @@ def _fast() -> Iterator[Row]:
     yield Row(f"{own}*", None, "a run file has no key for this option of Unsloth", refused=True)
 
 
-def _peft(prefix: str) -> Iterator[Row]:
+def _peft_rows(prefix: str) -> Iterator[Row]:
     yield from rows("lora", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora",
                     "use_gradient_checkpointing", "random_state", "layers_to_transform",
                     "layers_pattern", "exclude_modules", "rank_pattern", "alpha_pattern",
                     "modules_to_save", "init_lora_weights", prefix=prefix)  # fmt: skip
-    yield Row(f"{prefix}target_modules", "lora.target_modules", convert=targets)
-    yield from left(
+    yield Row(f"{prefix}target_modules", "lora.target_modules", convert=convert_targets)
+    yield from omit(
         "the task type is always CAUSAL_LM", f"{prefix}task_type", f"{prefix}inference_mode"
     )
-    yield from left("model.max_seq_length sets the length", f"{prefix}max_seq_length")
+    yield from omit("model.max_seq_length sets the length", f"{prefix}max_seq_length")
     yield from refused("engine and trainer share the base weights, which must not change",
                        f"{prefix}loftq_config")  # fmt: skip
-    yield from left("lora.target_modules chooses the layers", f"{prefix}finetune_vision_layers",
+    yield from omit("lora.target_modules chooses the layers", f"{prefix}finetune_vision_layers",
                     f"{prefix}finetune_language_layers", f"{prefix}finetune_attention_modules",
                     f"{prefix}finetune_mlp_modules", f"{prefix}layer_replication",
                     f"{prefix}temporary_location")  # fmt: skip
     yield Row(f"{prefix}*", None, "a run file has no key for this option", refused=True)
 
 
-def _grpo() -> Iterator[Row]:
+def _grpo_rows() -> Iterator[Row]:
     chosen = "the toolkit chooses the value when the run starts"
     for row in trl_rows("GRPOConfig."):
-        yield row._replace(computed=row.why or chosen) if row.to is None else row
+        yield row._replace(computed_reason=row.why or chosen) if row.run_key is None else row
 
 
-def _sampling() -> Iterator[Row]:
+def _sampling_rows() -> Iterator[Row]:
     own = f"{_SAMPLING}."
     yield from rows("grpo", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
                     prefix=own)  # fmt: skip
@@ -267,7 +303,7 @@ def _sampling() -> Iterator[Row]:
         f"{own}seed",
         None,
         "grpo.seed is the seed of sampling",
-        computed="grpo.seed is the seed of sampling",
+        computed_reason="grpo.seed is the seed of sampling",
     )
     yield Row(f"{own}include_stop_str_in_output", None, "rewards always get the text without the "
                                                         "stop string",
@@ -275,15 +311,15 @@ def _sampling() -> Iterator[Row]:
     yield Row(f"{own}*", None, "a run file has no key for this option", refused=True)
 
 
-def _others() -> Iterator[Row]:
+def _other_rows() -> Iterator[Row]:
     auto = "AutoModel.from_pretrained."
     yield Row(f"{auto}model_name", "model.model_name")
     yield Row(f"{auto}pretrained_model_name_or_path", "model.model_name")
-    yield Row(f"{auto}torch_dtype", "model.dtype", convert=dtype)
-    yield Row(f"{auto}dtype", "model.dtype", convert=dtype)
+    yield Row(f"{auto}torch_dtype", "model.dtype", convert=convert_dtype)
+    yield Row(f"{auto}dtype", "model.dtype", convert=convert_dtype)
     yield from rows("model", "revision", "trust_remote_code", "attn_implementation",
                     "load_in_4bit", "load_in_8bit", prefix=auto)  # fmt: skip
-    yield from left("each process loads the model onto its own GPU", f"{auto}device_map",
+    yield from omit("each process loads the model onto its own GPU", f"{auto}device_map",
                     f"{auto}low_cpu_mem_usage", f"{auto}use_cache", f"{auto}token",
                     f"{auto}cache_dir")  # fmt: skip
     yield Row(
@@ -296,7 +332,7 @@ def _others() -> Iterator[Row]:
     yield from rows("model", "load_in_4bit", "load_in_8bit", prefix=bits)
     yield Row(f"{bits}*", None, "in this toolkit, 4-bit always means the nf4 format of "
                                 "bitsandbytes",
-              computed="in this toolkit, 4-bit always means the nf4 format of "
+              computed_reason="in this toolkit, 4-bit always means the nf4 format of "
                        "bitsandbytes")  # fmt: skip
     yield Row("GRPOTrainer.model", "model.model_name")
     yield Row("GRPOTrainer.reward_funcs", "reward.functions", convert=later)
@@ -324,20 +360,22 @@ def _others() -> Iterator[Row]:
     yield Row("adapter", "lora", "a run always trains an adapter", later)
 
 
-def _once(found: Iterator[Row]) -> tuple[Row, ...]:
+def _unique_rows(candidates: Iterator[Row]) -> tuple[Row, ...]:
     unique: dict[str, Row] = {}
-    for row in found:
-        unique.setdefault(row.old, row)
+    for row in candidates:
+        unique.setdefault(row.foreign_key, row)
     return tuple(unique.values())
 
 
-def _rows() -> Iterator[Row]:
-    yield from _fast()
-    yield from _peft("get_peft_model.")
-    yield from _peft("LoraConfig.")
-    yield from _grpo()
-    yield from _sampling()
-    yield from _others()
+def _all_rows() -> Iterator[Row]:
+    yield from _unsloth_rows()
+    yield from _peft_rows("get_peft_model.")
+    yield from _peft_rows("LoraConfig.")
+    yield from _grpo_rows()
+    yield from _sampling_rows()
+    yield from _other_rows()
 
 
-TABLE = Table(form="script", title="a TRL or Unsloth script", rows=_once(_rows()), finish=_finish)
+TABLE = Table(
+    form="script", title="a TRL or Unsloth script", rows=_unique_rows(_all_rows()), finish=_finish
+)

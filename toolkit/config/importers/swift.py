@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config.importers.common import (
     NO_ADAPTER,
-    dtype,
-    fit_length,
-    from_file,
-    renamed,
-    split_warmup,
-    targets,
+    convert_dtype,
+    convert_targets,
+    function_in_file,
+    new_name,
+    set_sequence_length,
+    set_warmup_steps,
 )
 from toolkit.config.importers.mapping import (
     Default,
     Row,
     Table,
-    Unfit,
+    UnsupportedValue,
+    as_list,
     later,
-    left,
+    omit,
     refused,
-    text_list,
     trl_rows,
 )
 
@@ -40,40 +40,42 @@ _REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
 _PROMPTS = ("query", "problem", "question", "messages")
 
 
-def _data(value: Any) -> str:
-    sets = text_list(value)
+def _data_set_name(value: Any) -> str:
+    sets = as_list(value)
     if len(sets) != 1:
-        raise Unfit("a run reads only one data set: join the data sets into one file")
+        raise UnsupportedValue("a run reads only one data set: join the data sets into one file")
     return str(sets[0]).partition("#")[0].partition(":")[0]
 
 
-def _bits(value: Any) -> bool | None:
+def _is_4bit(value: Any) -> bool | None:
     if value in (None, 4):
         return value == 4 or None
-    raise Unfit(
+    raise UnsupportedValue(
         "quant_bits can be converted only if its value is 4. For 8 bits, set "
         "model.load_in_8bit: true"
     )
 
 
 def _attention(value: Any) -> Any:
-    return renamed(value, {"flash_attn": "flash_attention_2"})
+    return new_name(value, {"flash_attn": "flash_attention_2"})
 
 
-def _sleep(value: Any) -> bool:
+def _is_nonzero(value: Any) -> bool:
     return value not in (0, None, False)
 
 
-def _rows_of_data(made: Translation) -> None:
+def _set_data_keys(translation: Translation) -> None:
     for key, limit in (("dataset", "dataset.limit"), ("val_dataset", "dataset.eval_limit")):
-        text = str(text_list(made.value_of(key, ""))[0] if made.value_of(key) else "")
+        text = str(
+            as_list(translation.foreign_value(key, ""))[0] if translation.foreign_value(key) else ""
+        )
         count, name = text.partition("#")[2], text.partition("#")[0].partition(":")[2]
         if count.isdigit():
             why = f"{key}: #{count} (the first rows here, random rows in ms-swift)"
-            made.write(limit, int(count), why)
+            translation.write(limit, int(count), why)
         if name and key == "dataset":
-            made.write("dataset.name", name, f"{key}: :{name}")
-    columns = made.value_of("columns")
+            translation.write("dataset.name", name, f"{key}: :{name}")
+    columns = translation.foreign_value("columns")
     if isinstance(columns, str):
         try:
             columns = json.loads(columns)
@@ -81,67 +83,74 @@ def _rows_of_data(made: Translation) -> None:
             columns = None
     for old, new in columns.items() if isinstance(columns, dict) else ():
         if new in _PROMPTS:
-            made.write("dataset.prompt", old, f"columns: {old} is {new}")
+            translation.write("dataset.prompt", old, f"columns: {old} is {new}")
         elif new == "solution":
-            made.write("dataset.answer", old, f"columns: {old} is {new}")
+            translation.write("dataset.answer", old, f"columns: {old} is {new}")
 
 
-def _rewards(made: Translation) -> None:
-    plugins = text_list(made.value_of("external_plugins", []))
-    for entry in made.take("reward_funcs").values():
-        for name in map(str, text_list(entry.value)):
+def _add_rewards(translation: Translation) -> None:
+    plugins = as_list(translation.foreign_value("external_plugins", []))
+    for entry in translation.find_entries("reward_funcs").values():
+        for name in map(str, as_list(entry.value)):
             if name in _REWARDS:
-                ours, options = _REWARDS[name]
-                made.reward(ours, f"{entry.place}: ms-swift's {name}", **options)
+                builtin_name, options = _REWARDS[name]
+                translation.add_reward(
+                    builtin_name, f"{entry.location}: ms-swift's {name}", **options
+                )
             elif plugins:
                 try:
-                    made.reward(from_file(plugins[0], name), f"{entry.place}: {name}")
-                except Unfit as reason:
-                    made.refuse(entry, str(reason))
+                    translation.add_reward(
+                        function_in_file(plugins[0], name), f"{entry.location}: {name}"
+                    )
+                except UnsupportedValue as reason:
+                    translation.refuse(entry, str(reason))
                     continue
-                made.notes.append(
+                translation.notes.append(
                     f"{name} is a class (ORM) in {plugins[0]}. Replace the class by a function "
                     "that takes (prompts, completions, **columns) and returns a list of scores."
                 )
             else:
-                made.refuse(entry, f"no built-in reward corresponds to {name}")
+                translation.refuse(entry, f"no built-in reward corresponds to {name}")
 
 
-def _finish(made: Translation) -> None:
-    _rows_of_data(made)
-    _rewards(made)
-    split_warmup(made)
-    if made.value_of("quant_method") not in (None, "bnb") and "model.load_in_4bit" in made.written:
-        made.notes.append(
+def _finish(translation: Translation) -> None:
+    _set_data_keys(translation)
+    _add_rewards(translation)
+    set_warmup_steps(translation)
+    if (
+        translation.foreign_value("quant_method") not in (None, "bnb")
+        and "model.load_in_4bit" in translation.run_values
+    ):
+        translation.notes.append(
             "In this toolkit, only bitsandbytes can quantize the model (model.load_in_4bit)."
         )
-    fit_length(made)
+    set_sequence_length(translation)
 
 
-_OWN = (
+_OWN_ROWS = (
     *refused("this toolkit supports only GRPO", "rlhf_type", off=("grpo",)),
     *refused(NO_ADAPTER, "train_type", "tuner_type", "sft_type", off=("lora",)),
     Row("model", "model.model_name"),
     Row("model_id_or_path", "model.model_name"),
     Row("model_revision", "model.revision"),
-    Row("torch_dtype", "model.dtype", convert=dtype),
+    Row("torch_dtype", "model.dtype", convert=convert_dtype),
     Row("attn_impl", "model.attn_implementation", convert=_attention),
-    Row("quant_bits", "model.load_in_4bit", convert=_bits),
+    Row("quant_bits", "model.load_in_4bit", convert=_is_4bit),
     Row("max_length", "grpo.max_prompt_length", "the maximum length of a prompt"),
     Row("vllm_max_model_len", "model.max_seq_length"),
     Row("lora_rank", "lora.r"),
     Row("lora_alpha", "lora.lora_alpha"),
     Row("lora_dropout", "lora.lora_dropout"),
     Row("lora_bias", "lora.bias"),
-    Row("target_modules", "lora.target_modules", convert=targets),
+    Row("target_modules", "lora.target_modules", convert=convert_targets),
     Row("target_regex", "lora.target_modules"),
     Row("modules_to_save", "lora.modules_to_save"),
     Row("use_rslora", "lora.use_rslora"),
     Row("use_dora", "lora.use_dora"),
     Row("init_weights", "lora.init_lora_weights"),
-    Row("adapters", "lora.adapter_path", convert=_data),
-    Row("dataset", "dataset.path", convert=_data),
-    Row("val_dataset", "dataset.eval_path", convert=_data),
+    Row("adapters", "lora.adapter_path", convert=_data_set_name),
+    Row("dataset", "dataset.path", convert=_data_set_name),
+    Row("val_dataset", "dataset.eval_path", convert=_data_set_name),
     Row("columns", "dataset.prompt", "the prompt column and the answer column that this setting "
                                      "names become dataset.prompt and dataset.answer",
         convert=later),
@@ -160,7 +169,7 @@ _OWN = (
     Row("vllm_max_lora_rank", "model.max_lora_rank"),
     Row("vllm_gpu_memory_utilization", None, "the engine shares the GPU with the trainer; use "
                                              "`envcheck size` to compute the value"),
-    Row("sleep_level", "model.enable_sleep_mode", convert=_sleep),
+    Row("sleep_level", "model.enable_sleep_mode", convert=_is_nonzero),
     Row("max_resample_times", "grpo.max_resample_times"),
     Row("dynamic_sample", "grpo.dynamic_sampling"),
     *refused("only the advantage of GRPO is supported", "advantage_estimator", off=("grpo",)),
@@ -173,48 +182,48 @@ _OWN = (
              "multi_turn_scheduler"),
     *refused("your own code that changes models or data is not supported", "custom_register_path"),
     *refused("set dataset.eval_path to the evaluation data", "split_dataset_ratio"),
-    *left("this setting belongs to reward_model",
+    *omit("this setting belongs to reward_model",
           "reward_model_type", "reward_model_revision", "teacher_deepspeed"),
-    *left("this setting belongs to multi_turn_scheduler",
+    *omit("this setting belongs to multi_turn_scheduler",
           "max_turns", "completion_length_limit_scope"),
-    *left("this setting belongs to kl_in_reward", "log_entropy"),
-    *left(_SERVER, "vllm_server_pass_dataset", "async_generate", "vllm_enable_lora",
+    *omit("this setting belongs to kl_in_reward", "log_entropy"),
+    *omit(_SERVER, "vllm_server_pass_dataset", "async_generate", "vllm_enable_lora",
           "move_model_batches", "vllm_limit_mm_per_prompt", "infer_backend", "num_infer_workers"),
-    *left("the base weights stay on the GPU, because engine and trainer share them",
+    *omit("the base weights stay on the GPU, because engine and trainer share them",
           "offload_model",
           "offload_optimizer", "gc_collect_after_offload"),
-    *left(_TEMPLATE, "template", "use_chat_template", "template_backend", "response_prefix",
+    *omit(_TEMPLATE, "template", "use_chat_template", "template_backend", "response_prefix",
           "norm_bbox", "agent_template", "loss_scale"),
-    *left("a run always removes tokens at the start of a prompt that is too long, and counts "
+    *omit("a run always removes tokens at the start of a prompt that is too long, and counts "
           "such prompts",
           "truncation_strategy"),
-    *left("in this toolkit, 4-bit always means the nf4 format of bitsandbytes",
+    *omit("in this toolkit, 4-bit always means the nf4 format of bitsandbytes",
           "quant_method", "bnb_4bit_quant_type",
           "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant"),
-    *left("the run prepares the data itself", "dataset_num_proc", "load_from_cache_file",
+    *omit("the run prepares the data itself", "dataset_num_proc", "load_from_cache_file",
           "dataset_shuffle", "streaming", "strict", "download_mode", "cached_dataset",
           "lazy_tokenize", "shuffle_buffer_size", "split_dataset"),
-    *left("models and data come from the Hugging Face hub; download them first if they are on "
+    *omit("models and data come from the Hugging Face hub; download them first if they are on "
           "ModelScope",
           "use_hf", "model_type", "task_type"),
-    *left("only ms-swift's data set self-cognition uses this setting",
+    *omit("only ms-swift's data set self-cognition uses this setting",
           "model_author", "model_name"),
-    *left("the trainer packs sequences itself (runtime.padding_free)", "packing", "padding_free"),
-    *left("every GPU has a complete copy of the model",
+    *omit("the trainer packs sequences itself (runtime.padding_free)", "packing", "padding_free"),
+    *omit("every GPU has a complete copy of the model",
           "sequence_parallel_size", "device_map", "max_memory"),
-    *left("a run does not use this setting",
+    *omit("a run does not use this setting",
           "add_version", "create_checkpoint_symlink", "check_model",
           "ignore_args_error", "load_args", "load_data_args", "tuner_backend", "eval_limit",
           "use_logits_to_keep", "acc_strategy", "config", "log_rollout_offpolicy_metrics",
           "freeze_vit", "freeze_llm", "freeze_aligner", "model_kwargs",
           "vllm_mm_processor_cache_gb"),
 )  # fmt: skip
-_NAMED = {row.old for row in _OWN}
+_OWN_KEYS = {row.foreign_key for row in _OWN_ROWS}
 
 TABLE = Table(
     form="ms-swift",
     title="ms-swift",
-    rows=(*_OWN, *(row for row in trl_rows() if row.old not in _NAMED)),
+    rows=(*_OWN_ROWS, *(row for row in trl_rows() if row.foreign_key not in _OWN_KEYS)),
     defaults=(
         Default("lora.r", 8, "ms-swift's default"),
         Default("lora.lora_alpha", 32, "ms-swift's default"),

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config.importers.common import (
     NO_ADAPTER,
-    dtype,
-    fit_length,
-    module_function,
-    split_warmup,
-    targets,
+    convert_dtype,
+    convert_targets,
+    function_path,
+    set_sequence_length,
+    set_warmup_steps,
 )
 from toolkit.config.importers.mapping import (
     Default,
     Row,
     Table,
-    Unfit,
+    UnsupportedValue,
+    as_list,
     later,
-    left,
+    omit,
     refused,
-    text_list,
     trl_rows,
 )
 
@@ -40,51 +40,51 @@ _REWARDS: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-def rewards(made: Translation, key: str = "reward_funcs") -> None:
+def add_trl_rewards(translation: Translation, key: str = "reward_funcs") -> None:
     """Add to the run file the reward functions that the setting ``key`` names. The names have the
     same meaning as in TRL's script.
     """
-    for entry in made.take(key).values():
-        for name in map(str, text_list(entry.value)):
+    for entry in translation.find_entries(key).values():
+        for name in map(str, as_list(entry.value)):
             if name in _REWARDS:
-                ours, options, note = _REWARDS[name]
-                made.reward(ours, f"{entry.place}: {note}", **options)
+                builtin_name, options, note = _REWARDS[name]
+                translation.add_reward(builtin_name, f"{entry.location}: {note}", **options)
                 continue
             try:
-                made.reward(module_function(name), f"{entry.place}: {name}")
-            except Unfit:
-                made.refuse(entry, f"no built-in reward corresponds to {name}")
+                translation.add_reward(function_path(name), f"{entry.location}: {name}")
+            except UnsupportedValue:
+                translation.refuse(entry, f"no built-in reward corresponds to {name}")
 
 
-def adapter(made: Translation) -> None:
+def note_missing_adapter(translation: Translation) -> None:
     """Add a note if use_peft is not true. TRL then trains all weights, but a run of this toolkit
     trains only an adapter.
     """
-    if made.value_of("use_peft") is not True:
-        made.notes.append(f"The file does not set `use_peft: true`, but {NO_ADAPTER}.")
+    if translation.foreign_value("use_peft") is not True:
+        translation.notes.append(f"The file does not set `use_peft: true`, but {NO_ADAPTER}.")
 
 
-def _finish(made: Translation) -> None:
-    rewards(made)
-    adapter(made)
-    split_warmup(made)
-    fit_length(made)
+def _finish(translation: Translation) -> None:
+    add_trl_rewards(translation)
+    note_missing_adapter(translation)
+    set_warmup_steps(translation)
+    set_sequence_length(translation)
 
 
 MODEL_ROWS = (
     Row("model_name_or_path", "model.model_name"),
     Row("model_revision", "model.revision"),
-    Row("dtype", "model.dtype", convert=dtype),
-    Row("torch_dtype", "model.dtype", convert=dtype),
+    Row("dtype", "model.dtype", convert=convert_dtype),
+    Row("torch_dtype", "model.dtype", convert=convert_dtype),
     Row("attn_implementation", "model.attn_implementation"),
     Row("load_in_4bit", "model.load_in_4bit"),
     Row("load_in_8bit", "model.load_in_8bit"),
-    *left(_FROM_BITS, "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+    *omit(_FROM_BITS, "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
     Row("use_peft", None, "a run always trains an adapter"),
     Row("lora_r", "lora.r"),
     Row("lora_alpha", "lora.lora_alpha"),
     Row("lora_dropout", "lora.lora_dropout"),
-    Row("lora_target_modules", "lora.target_modules", convert=targets),
+    Row("lora_target_modules", "lora.target_modules", convert=convert_targets),
     Row("lora_modules_to_save", "lora.modules_to_save"),
     Row("lora_task_type", None, "the task type is always CAUSAL_LM"),
     Row("use_rslora", "lora.use_rslora"),
@@ -107,7 +107,7 @@ DATA_ROWS = (
     *refused("write a file that contains only the rows for the run",
              "datasets.data_dir", "datasets.columns",
              "datasets.fraction", "test_split_size"),
-    *left("the data set is always read completely", "streaming"),
+    *omit("the data set is always read completely", "streaming"),
 )  # fmt: skip
 SCRIPT_ROWS = (
     Row("reward_funcs", "reward.functions", convert=later),
@@ -115,10 +115,10 @@ SCRIPT_ROWS = (
         "to use a reward model, call the model from your own reward function",
         "reward_model_name_or_path",
     ),
-    *left("this setting is only for debugging", "ignore_bias_buffers"),
-    *left("this setting is for the launcher", "config", "accelerate_config", "num_processes"),
+    *omit("this setting is only for debugging", "ignore_bias_buffers"),
+    *omit("this setting is for the launcher", "config", "accelerate_config", "num_processes"),
 )
-_OTHERS = {row.old for row in (*MODEL_ROWS, *DATA_ROWS, *SCRIPT_ROWS)}
+_OWN_KEYS = {row.foreign_key for row in (*MODEL_ROWS, *DATA_ROWS, *SCRIPT_ROWS)}
 
 TABLE = Table(
     form="trl",
@@ -127,7 +127,7 @@ TABLE = Table(
         *MODEL_ROWS,
         *DATA_ROWS,
         *SCRIPT_ROWS,
-        *(row for row in trl_rows() if row.old not in _OTHERS),
+        *(row for row in trl_rows() if row.foreign_key not in _OWN_KEYS),
     ),
     defaults=(
         Default("lora.lora_alpha", 32, "TRL's default"),

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config.importers.common import (
     NO_ADAPTER,
-    fit_length,
-    from_file,
-    is_count,
-    positive,
-    renamed,
-    targets,
-    whole_batch,
+    convert_targets,
+    function_in_file,
+    is_positive_integer,
+    new_name,
+    positive_or_none,
+    set_batch_size,
+    set_sequence_length,
 )
 from toolkit.config.importers.mapping import (
     Default,
     Row,
     Table,
-    Unfit,
-    entries_of,
+    UnsupportedValue,
+    as_list,
+    entries_in_order,
     later,
-    left,
+    omit,
     refused,
-    text_list,
 )
 
 if TYPE_CHECKING:
@@ -57,28 +57,32 @@ _LOSSES = {
 
 
 def _one_file(value: Any) -> Any:
-    files = text_list(value)
+    files = as_list(value)
     if len(files) != 1:
-        raise Unfit("a run reads only one file for training and one for evaluation: join the files")
+        raise UnsupportedValue(
+            "a run reads only one file for training and one for evaluation: join the files"
+        )
     return files[0]
 
 
-def _loss(value: Any) -> str:
+def _loss_type(value: Any) -> str:
     if not isinstance(value, str) or value not in _LOSSES:
-        raise Unfit(f"only the values {', '.join(_LOSSES)} correspond to a grpo.loss_type")
+        raise UnsupportedValue(
+            f"only the values {', '.join(_LOSSES)} correspond to a grpo.loss_type"
+        )
     return _LOSSES[value]
 
 
 def _engine(value: Any) -> Any:
-    return renamed(value, {"vllm": "vllm", "hf": "transformers"}, None)
+    return new_name(value, {"vllm": "vllm", "hf": "transformers"}, None)
 
 
 def _schedule(value: Any) -> Any:
-    return renamed(value, {"constant": "constant_with_warmup", "cosine": "cosine"})
+    return new_name(value, {"constant": "constant_with_warmup", "cosine": "cosine"})
 
 
 def _interval(value: Any) -> Any:
-    return positive(value)
+    return positive_or_none(value)
 
 
 def _resamples(value: Any) -> int:
@@ -86,112 +90,119 @@ def _resamples(value: Any) -> int:
     first batch, so the result is one less. Raises Unfit for a limit of 0 (in verl: no limit) and
     for a limit of 1 (verl never samples a batch again).
     """
-    if not is_count(value):
-        raise Unfit("a run file needs a limit, and the limit must be a positive number")
+    if not is_positive_integer(value):
+        raise UnsupportedValue("a run file needs a limit, and the limit must be a positive number")
     if value == 1:
-        raise Unfit(
+        raise UnsupportedValue(
             "with a limit of 1, verl never samples a batch again. Set grpo.dynamic_sampling: false"
         )
     return int(value) - 1
 
 
-def _share(value: Any) -> Any:
+def _positive_number_or_none(value: Any) -> Any:
     return value if isinstance(value, (int, float)) and value > 0 else None
 
 
-def _batches(made: Translation) -> None:
+def _set_batch_sizes(translation: Translation) -> None:
     """Convert the batch sizes. verl states numbers of prompts, and a run file states numbers of
     completions. Each mini-batch of verl becomes one optimizer step.
     """
-    samples = made.value_of(f"{_ROLLOUT}.n")
-    prompts = made.value_of("data.train_batch_size")
-    mini = made.value_of(f"{_ACTOR}.ppo_mini_batch_size")
-    micro = made.value_of(f"{_ACTOR}.ppo_micro_batch_size_per_gpu")
-    if not (is_count(samples) and is_count(prompts)):
-        for entry in entries_of(made, _BATCH):
-            made.miss(
+    samples = translation.foreign_value(f"{_ROLLOUT}.n")
+    prompts = translation.foreign_value("data.train_batch_size")
+    mini = translation.foreign_value(f"{_ACTOR}.ppo_mini_batch_size")
+    micro = translation.foreign_value(f"{_ACTOR}.ppo_micro_batch_size_per_gpu")
+    if not (is_positive_integer(samples) and is_positive_integer(prompts)):
+        for entry in entries_in_order(translation, _BATCH):
+            translation.record_unread(
                 entry,
                 "batch sizes can be converted only if data.train_batch_size and rollout.n are set",
             )
         return
     total = samples * prompts
     why = f"data.train_batch_size {prompts} prompts x rollout.n {samples}"
-    if not is_count(mini) or mini >= prompts:
-        whole_batch(made, total, why)
+    if not is_positive_integer(mini) or mini >= prompts:
+        set_batch_size(translation, total, why)
         return
-    step = mini * samples
-    cut = micro if is_count(micro) and step % micro == 0 else samples
-    made.write("grpo.generation_batch_size", total, why)
-    made.write("grpo.per_device_train_batch_size", cut, "completions in one pass on one GPU")
-    note = f"ppo_mini_batch_size {mini} prompts x {samples} = {step} completions per step / {cut}"
-    made.write("grpo.gradient_accumulation_steps", step // cut, note)
+    step_completions = mini * samples
+    micro_batch = micro if is_positive_integer(micro) and step_completions % micro == 0 else samples
+    translation.write("grpo.generation_batch_size", total, why)
+    translation.write(
+        "grpo.per_device_train_batch_size", micro_batch, "completions in one pass on one GPU"
+    )
+    note = (
+        f"ppo_mini_batch_size {mini} prompts x {samples} = {step_completions} completions per step"
+        f" / {micro_batch}"
+    )
+    translation.write("grpo.gradient_accumulation_steps", step_completions // micro_batch, note)
 
 
-def _penalty(made: Translation) -> None:
-    if made.value_of(f"{_ACTOR}.use_kl_loss") is True:
-        coefficient = made.value_of(f"{_ACTOR}.kl_loss_coef", 0.001)
-        made.write("grpo.beta", coefficient, f"{_ACTOR}.kl_loss_coef, with use_kl_loss")
+def _set_kl_and_clipping(translation: Translation) -> None:
+    if translation.foreign_value(f"{_ACTOR}.use_kl_loss") is True:
+        coefficient = translation.foreign_value(f"{_ACTOR}.kl_loss_coef", 0.001)
+        translation.write("grpo.beta", coefficient, f"{_ACTOR}.kl_loss_coef, with use_kl_loss")
     else:
-        for entry in entries_of(made, (f"{_ACTOR}.use_kl_loss", f"{_ACTOR}.kl_loss_coef")):
-            made.leave(entry, "there is no KL term without use_kl_loss")
-    low = made.value_of(f"{_ACTOR}.clip_ratio_low")
+        for entry in entries_in_order(
+            translation, (f"{_ACTOR}.use_kl_loss", f"{_ACTOR}.kl_loss_coef")
+        ):
+            translation.leave_out(entry, "there is no KL term without use_kl_loss")
+    low = translation.foreign_value(f"{_ACTOR}.clip_ratio_low")
     if low is not None:
-        made.write("grpo.epsilon", low, f"{_ACTOR}.clip_ratio_low")
+        translation.write("grpo.epsilon", low, f"{_ACTOR}.clip_ratio_low")
 
 
-def _rewards(made: Translation) -> None:
+def _add_rewards(translation: Translation) -> None:
     for key in ("custom_reward_function.path", "reward.custom_reward_function.path"):
-        for entry in made.take(key).values():
+        for entry in translation.find_entries(key).values():
             if entry.value is None:
                 continue
-            name = made.value_of(key.replace(".path", ".name"), "compute_score")
+            name = translation.foreign_value(key.replace(".path", ".name"), "compute_score")
             try:
-                function = from_file(entry.value, name)
-            except Unfit as reason:
-                made.refuse(entry, str(reason))
+                function = function_in_file(entry.value, name)
+            except UnsupportedValue as reason:
+                translation.refuse(entry, str(reason))
                 continue
-            made.reward(function, f"{entry.place}: {key}")
-            made.notes.append(
+            translation.add_reward(function, f"{entry.location}: {key}")
+            translation.notes.append(
                 f"{function}: verl calls this function for one sample (data_source, "
                 "solution_str, ground_truth, extra_info). In this toolkit, a reward function "
                 "takes (prompts, completions, **columns) and returns a list of scores. Write a "
                 "wrapper function."
             )
-    if not made.rewards:
-        made.notes.append(
+    if not translation.rewards:
+        translation.notes.append(
             "verl chooses a scoring function by the column data_source. In a run file, set "
             "reward.functions to a scoring function, for example numeric_match."
         )
 
 
-def _finish(made: Translation) -> None:
-    if not made.value_of(f"{_MODEL}.lora_rank"):
-        made.notes.append(f"The file does not set {_MODEL}.lora_rank, but {NO_ADAPTER}.")
-    _batches(made)
-    _penalty(made)
-    _rewards(made)
-    if "grpo.eval_steps" in made.written:
-        made.write("grpo.eval_strategy", "steps", "because trainer.test_freq is set")
-    fit_length(made)
+def _finish(translation: Translation) -> None:
+    if not translation.foreign_value(f"{_MODEL}.lora_rank"):
+        translation.notes.append(f"The file does not set {_MODEL}.lora_rank, but {NO_ADAPTER}.")
+    _set_batch_sizes(translation)
+    _set_kl_and_clipping(translation)
+    _add_rewards(translation)
+    if "grpo.eval_steps" in translation.run_values:
+        translation.write("grpo.eval_strategy", "steps", "because trainer.test_freq is set")
+    set_sequence_length(translation)
 
 
 ROWS = (
     Row(f"{_MODEL}.path", "model.model_name"),
     Row(f"{_MODEL}.trust_remote_code", "model.trust_remote_code"),
     Row("data.trust_remote_code", "model.trust_remote_code"),
-    Row(f"{_MODEL}.lora_rank", "lora.r", convert=positive),
+    Row(f"{_MODEL}.lora_rank", "lora.r", convert=positive_or_none),
     Row(f"{_MODEL}.lora_alpha", "lora.lora_alpha"),
-    Row(f"{_MODEL}.target_modules", "lora.target_modules", convert=targets),
+    Row(f"{_MODEL}.target_modules", "lora.target_modules", convert=convert_targets),
     Row(f"{_MODEL}.exclude_modules", "lora.exclude_modules"),
     Row(f"{_MODEL}.lora_adapter_path", "lora.adapter_path"),
     Row(f"{_MODEL}.enable_gradient_checkpointing", "lora.use_gradient_checkpointing"),
     Row(f"{_MODEL}.use_liger", "grpo.use_liger_kernel"),
-    *left("the trainer packs sequences itself (runtime.padding_free)",
+    *omit("the trainer packs sequences itself (runtime.padding_free)",
           f"{_MODEL}.use_remove_padding",
           f"{_MODEL}.use_fused_kernels", f"{_MODEL}.fused_kernel_options.*"),
-    *left("lora.use_gradient_checkpointing: unsloth offloads activations",
+    *omit("lora.use_gradient_checkpointing: unsloth offloads activations",
           f"{_MODEL}.enable_activation_offload"),
-    *left("the toolkit chooses this setting itself when it loads the model", f"{_MODEL}.*"),
+    *omit("the toolkit chooses this setting itself when it loads the model", f"{_MODEL}.*"),
     *refused("your own code that changes the model is not supported",
              f"{_MODEL}.external_lib", f"{_MODEL}.override_config"),
     Row("data.train_files", "dataset.path", convert=_one_file),
@@ -203,27 +214,27 @@ ROWS = (
                                                                later),
     Row("data.shuffle", "grpo.shuffle_dataset"),
     Row("data.seed", "grpo.seed"),
-    Row("data.train_max_samples", "dataset.limit", convert=positive),
-    Row("data.val_max_samples", "dataset.eval_limit", convert=positive),
+    Row("data.train_max_samples", "dataset.limit", convert=positive_or_none),
+    Row("data.val_max_samples", "dataset.eval_limit", convert=positive_or_none),
     Row("data.apply_chat_template_kwargs", "grpo.chat_template_kwargs"),
-    *left("a run always removes tokens at the start of a prompt that is too long, and counts "
+    *omit("a run always removes tokens at the start of a prompt that is too long, and counts "
           "such prompts",
           "data.filter_overlong_prompts", "data.truncation",
           "data.filter_overlong_prompts_workers"),
-    *left("every column is passed to the rewards",
+    *omit("every column is passed to the rewards",
           "data.return_raw_chat", "data.return_raw_input_ids",
           "data.return_full_prompt", "data.reward_fn_key"),
-    *left("the model determines this", "data.tokenizer", "data.image_key", "data.video_key"),
+    *omit("the model determines this", "data.tokenizer", "data.image_key", "data.video_key"),
     *refused("write the data to a file with a prompt column", "data.custom_cls.path"),
-    *left("the run sets this itself", "data.*"),
+    *omit("the run sets this itself", "data.*"),
     Row(f"{_ACTOR}.optim.lr", "grpo.learning_rate"),
     Row(f"{_ACTOR}.optim.weight_decay", "grpo.weight_decay"),
-    Row(f"{_ACTOR}.optim.lr_warmup_steps", "grpo.warmup_steps", convert=_share),
+    Row(f"{_ACTOR}.optim.lr_warmup_steps", "grpo.warmup_steps", convert=_positive_number_or_none),
     Row(f"{_ACTOR}.optim.lr_warmup_steps_ratio", "grpo.warmup_steps",
-        "a value below 1 is a fraction of the run", convert=_share),
+        "a value below 1 is a fraction of the run", convert=_positive_number_or_none),
     Row(f"{_ACTOR}.optim.warmup_style", "grpo.lr_scheduler_type", convert=_schedule),
     Row(f"{_ACTOR}.optim.lr_scheduler_type", "grpo.lr_scheduler_type", convert=_schedule),
-    *left("the default of the schedule or the optimizer is used", f"{_ACTOR}.optim.*"),
+    *omit("the default of the schedule or the optimizer is used", f"{_ACTOR}.optim.*"),
     Row(f"{_ACTOR}.ppo_mini_batch_size", "grpo.gradient_accumulation_steps",
         "each mini-batch of verl becomes one optimizer step of the run", later),
     Row(f"{_ACTOR}.ppo_micro_batch_size_per_gpu", "grpo.per_device_train_batch_size", "", later),
@@ -240,18 +251,18 @@ ROWS = (
     Row(f"{_ACTOR}.kl_loss_coef", "grpo.beta", "", later),
     *refused("the KL term is always estimated by k3 (low_var_kl)", f"{_ACTOR}.kl_loss_type",
              off=("low_var_kl", "k3")),
-    Row(f"{_ACTOR}.loss_agg_mode", "grpo.loss_type", convert=_loss),
-    *left("the corresponding keys are runtime.padding_free and grpo.torch_compile",
+    Row(f"{_ACTOR}.loss_agg_mode", "grpo.loss_type", convert=_loss_type),
+    *omit("the corresponding keys are runtime.padding_free and grpo.torch_compile",
           f"{_ACTOR}.use_torch_compile",
           f"{_ACTOR}.use_dynamic_bsz", f"{_ACTOR}.ppo_max_token_len_per_gpu"),
-    *left(_SIZED, f"{_ACTOR}.ppo_micro_batch_size"),
-    *left(_SPREAD, f"{_ACTOR}.strategy", f"{_ACTOR}.fsdp_config.*",
+    *omit(_SIZED, f"{_ACTOR}.ppo_micro_batch_size"),
+    *omit(_SPREAD, f"{_ACTOR}.strategy", f"{_ACTOR}.fsdp_config.*",
           f"{_ACTOR}.ulysses_sequence_parallel_size", f"{_ACTOR}.megatron.*"),
-    *left("checkpoints always contain everything that a resumed run needs",
+    *omit("checkpoints always contain everything that a resumed run needs",
           f"{_ACTOR}.checkpoint.*"),
-    *left("the run sets this itself", f"{_ACTOR}.shuffle", f"{_ACTOR}.data_loader_seed"),
-    *left(_AGAIN, "actor_rollout_ref.ref.*"),
-    *left("one process always samples and trains", "actor_rollout_ref.hybrid_engine",
+    *omit("the run sets this itself", f"{_ACTOR}.shuffle", f"{_ACTOR}.data_loader_seed"),
+    *omit(_AGAIN, "actor_rollout_ref.ref.*"),
+    *omit("one process always samples and trains", "actor_rollout_ref.hybrid_engine",
           "actor_rollout_ref.nccl_timeout"),
     Row(f"{_ROLLOUT}.n", "grpo.num_generations"),
     Row(f"{_ROLLOUT}.name", "runtime.engine", convert=_engine),
@@ -270,17 +281,17 @@ ROWS = (
     Row(f"{_ROLLOUT}.gpu_memory_utilization", None, "the engine shares the GPU with the "
                                                     "trainer; use `envcheck size` to compute "
                                                     "the value"),
-    *left(_SPREAD, f"{_ROLLOUT}.tensor_model_parallel_size", f"{_ROLLOUT}.data_parallel_size"),
+    *omit(_SPREAD, f"{_ROLLOUT}.tensor_model_parallel_size", f"{_ROLLOUT}.data_parallel_size"),
     Row(f"{_ROLLOUT}.do_sample", None, "rollouts are always sampled",
                                        refused=True, off=(None, True)),
     Row(f"{_ROLLOUT}.multi_turn.enable", None, "a rollout can have several turns only with the "
                                                "section `tools` or an openenv environment",
         refused=True),
-    *left("evaluation uses the same sampling settings as training", f"{_ROLLOUT}.val_kwargs.*"),
-    *left("data.max_prompt_length and data.max_response_length set the lengths",
+    *omit("evaluation uses the same sampling settings as training", f"{_ROLLOUT}.val_kwargs.*"),
+    *omit("data.max_prompt_length and data.max_response_length set the lengths",
           f"{_ROLLOUT}.prompt_length",
           f"{_ROLLOUT}.response_length"),
-    *left("the engine uses the same weights as the trainer", f"{_ROLLOUT}.load_format",
+    *omit("the engine uses the same weights as the trainer", f"{_ROLLOUT}.load_format",
           f"{_ROLLOUT}.layered_summon", f"{_ROLLOUT}.*"),
     *refused("this toolkit supports only GRPO", "algorithm.adv_estimator", off=("grpo",)),
     Row("algorithm.norm_adv_by_std_in_grpo", "grpo.scale_rewards"),
@@ -290,9 +301,9 @@ ROWS = (
     Row("algorithm.filter_groups.max_num_gen_batches", "grpo.max_resample_times",
         "verl's number includes the first batch, but max_resample_times does not include it",
         _resamples),
-    *left("groups are always filtered by the spread of their weighted rewards",
+    *omit("groups are always filtered by the spread of their weighted rewards",
           "algorithm.filter_groups.*"),
-    *left("this setting has no meaning in GRPO",
+    *omit("this setting has no meaning in GRPO",
           "algorithm.*", "critic.*", "trainer.critic_warmup"),
     Row("custom_reward_function.path", "reward.functions", "reward.functions names the function "
                                                            "in the form module:function", later),
@@ -303,25 +314,25 @@ ROWS = (
     Row("reward.custom_reward_function.name", "reward.functions", "", later),
     *refused("to use a reward model, call the model from your own reward function",
              "reward_model.enable"),
-    *left("rewards always run in a separate process", "reward_model.*", "reward.*",
+    *omit("rewards always run in a separate process", "reward_model.*", "reward.*",
           "custom_reward_function.*"),
     Row("trainer.total_epochs", "grpo.num_train_epochs"),
-    Row("trainer.total_training_steps", "grpo.max_steps", convert=positive),
+    Row("trainer.total_training_steps", "grpo.max_steps", convert=positive_or_none),
     Row("trainer.save_freq", "grpo.save_steps", convert=_interval),
     Row("trainer.test_freq", "grpo.eval_steps", convert=_interval),
     Row("trainer.val_before_train", "grpo.eval_on_start"),
-    Row("trainer.max_actor_ckpt_to_keep", "runtime.keep_last", convert=positive),
+    Row("trainer.max_actor_ckpt_to_keep", "runtime.keep_last", convert=positive_or_none),
     Row("trainer.default_local_dir", "runtime.output_dir"),
     Row("trainer.experiment_name", "grpo.run_name"),
     Row("trainer.project_name", "grpo.project"),
-    *left("a run always writes metrics.jsonl and a report; to use a tracker, set grpo.report_to",
+    *omit("a run always writes metrics.jsonl and a report; to use a tracker, set grpo.report_to",
           "trainer.logger", "trainer.log_val_generations"),
-    *left("set the number of processes with `toolkit train --nproc-per-node`, or with torchrun",
+    *omit("set the number of processes with `toolkit train --nproc-per-node`, or with torchrun",
           "trainer.n_gpus_per_node",
           "trainer.nnodes", "trainer.device"),
-    *left("to resume a run, start the same command again", "trainer.resume_mode",
+    *omit("to resume a run, start the same command again", "trainer.resume_mode",
           "trainer.resume_from_path"),
-    *left("a run does not use this setting",
+    *omit("a run does not use this setting",
           "trainer.*", "ray_init.*", "ray_kwargs.*", "global_profiler.*",
           "hydra.*", "defaults"),
 )  # fmt: skip

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.formatting import escape_unprintable
 from toolkit.base.secrets import redact
-from toolkit.config.importers.formats import table
-from toolkit.config.importers.mapping import Row, Written
+from toolkit.config.importers.formats import load_table
+from toolkit.config.importers.mapping import Row, RunValue
 from toolkit.config.wording import spell_value
 
 if TYPE_CHECKING:
@@ -20,76 +20,83 @@ if TYPE_CHECKING:
     from toolkit.config.importers.mapping import Omission, Translation
 
 SECTIONS = ("model", "lora", "dataset", "reward", "grpo", "runtime")
-_LONGEST = 240
+_MAX_COMMENT_LENGTH = 240
 _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def run_file_text(made: Translation, name: str) -> str:
+def run_file_text(translation: Translation, name: str) -> str:
     """Return the text of the run file in YAML. ``name`` is the name of the other tool's file."""
-    if "runtime.output_dir" not in made.written:
+    if "runtime.output_dir" not in translation.run_values:
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).stem).strip("-") or "run"
-        made.written["runtime.output_dir"] = Written(
+        translation.run_values["runtime.output_dir"] = RunValue(
             f"runs/{stem}", "the original names no output folder"
         )
-    lines = [f"# Made from {_one_line(name)} ({made.table.title}) by toolkit import."]
-    lines += [f"# {_one_line(note)}" for note in made.notes]
+    lines = [f"# Made from {_one_line(name)} ({translation.table.title}) by toolkit import."]
+    lines += [f"# {_one_line(note)}" for note in translation.notes]
     for section in SECTIONS:
-        body = list(_section(made, section))
+        body = list(_section_lines(translation, section))
         if body:
             lines += ["", f"{section}:", *body]
-    lines += _block("Not supported here, so the run differs from the original:", made.refused)
-    lines += _unread(made)
-    lines += _block("Left out, because a run does not need these settings:", made.left_out)
+    lines += _omission_lines(
+        "Not supported here, so the run differs from the original:", translation.refused
+    )
+    lines += _unread_lines(translation)
+    lines += _omission_lines(
+        "Left out, because a run does not need these settings:", translation.left_out
+    )
     return "\n".join(lines) + "\n"
 
 
-def _section(made: Translation, section: str) -> Iterator[str]:
-    if section == "reward" and made.rewards:
+def _section_lines(translation: Translation, section: str) -> Iterator[str]:
+    if section == "reward" and translation.rewards:
         yield "  functions:"
-        for reward, note in zip(made.rewards, made.reward_notes, strict=True):
-            yield f"    - {flow(reward)}  # {_one_line(note)}"
+        for reward, note in zip(translation.rewards, translation.reward_notes, strict=True):
+            yield f"    - {flow_yaml(reward)}  # {_one_line(note)}"
     nested: dict[str, list[str]] = {}
-    for key, found in made.written.items():
-        head, _, rest = key.partition(".")
-        if head != section:
+    for key, run_value in translation.run_values.items():
+        key_section, _, rest = key.partition(".")
+        if key_section != section:
             continue
         outer, _, inner = rest.partition(".")
         if inner:
-            text = f"    {inner}: {flow(found.value)}  # {_one_line(found.why)}"
+            text = f"    {inner}: {flow_yaml(run_value.value)}  # {_one_line(run_value.why)}"
             nested.setdefault(outer, []).append(text)
         else:
-            yield f"  {rest}: {flow(found.value)}  # {_one_line(found.why)}"
+            yield f"  {rest}: {flow_yaml(run_value.value)}  # {_one_line(run_value.why)}"
     for outer, texts in nested.items():
         yield f"  {outer}:"
         yield from texts
-    if section == "runtime" and made.modules:
-        modules = ", ".join(made.modules)
+    if section == "runtime" and translation.reward_modules:
+        modules = ", ".join(translation.reward_modules)
         yield "  # Remove the # of the next line when you have read the code of your rewards."
         yield f"  # allow_code: [{modules}]"
 
 
-def _block(title: str, omissions: Iterable[Omission]) -> list[str]:
+def _omission_lines(title: str, omissions: Iterable[Omission]) -> list[str]:
     lines = [
-        f"#   {one.place}: {_one_line(f'{one.key}: {one.value} - {one.why}')}" for one in omissions
+        f"#   {one.location}: {_one_line(f'{one.key}: {one.value} - {one.why}')}"
+        for one in omissions
     ]
     return ["", f"# {title}", *lines] if lines else []
 
 
-def _unread(made: Translation) -> list[str]:
-    lines = [f"#   {one.place}: {_one_line(f'{one.text} - {one.why}')}" for one in made.unread]
+def _unread_lines(translation: Translation) -> list[str]:
+    lines = [
+        f"#   {one.location}: {_one_line(f'{one.text} - {one.why}')}" for one in translation.unread
+    ]
     return (
         ["", "# Could not be read. Set the corresponding keys yourself:", *lines] if lines else []
     )
 
 
-def flow(value: Any) -> str:
+def flow_yaml(value: Any) -> str:
     """Return a value as YAML on one line."""
     if isinstance(value, dict):
-        pairs = (f"{_key(name)}: {flow(below)}" for name, below in value.items())
+        pairs = (f"{_key(name)}: {flow_yaml(below)}" for name, below in value.items())
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(flow, value)) + "]"
-    return _safe(spell_value(value, "yaml"))
+        return "[" + ", ".join(map(flow_yaml, value)) + "]"
+    return _escape_unprintable(spell_value(value, "yaml"))
 
 
 def _key(name: Any) -> str:
@@ -97,7 +104,7 @@ def _key(name: Any) -> str:
     return text if _PLAIN_KEY.fullmatch(text) else spell_value(text, "yaml")
 
 
-def _safe(text: str) -> str:
+def _escape_unprintable(text: str) -> str:
     """Return ``text`` with all characters escaped that YAML does not accept inside quotes, such as
     line ends.
     """
@@ -109,10 +116,10 @@ def _one_line(text: str) -> str:
     hidden.
     """
     line = " ".join(redact(escape_unprintable(text)).split())
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
+    return line if len(line) <= _MAX_COMMENT_LENGTH else line[: _MAX_COMMENT_LENGTH - 3] + "..."
 
 
-def _fine(row: Row) -> str:
+def _accepted_values(row: Row) -> str:
     """Return, as text, the values that turn off the unsupported feature of a refused key. With such
     a value the key is not refused. The text omits values that mean "off" for every key, such as
     False. If the key of ``row`` is not a refused key, the text is empty.
@@ -121,19 +128,21 @@ def _fine(row: Row) -> str:
     return ", ".join(str(one) for one in row.off if one not in usual) if row.refused else ""
 
 
-def markdown(form: str) -> str:
+def table_markdown(form: str) -> str:
     """Return a Markdown table of the keys of a format. Each line has the key of the other tool, the
     key of the run file, what happens to the key, and why.
     """
-    found = table(form)
+    loaded = load_table(form)
     lines = [
-        f"The keys of {found.title}, and how `toolkit import` converts them.",
+        f"The keys of {loaded.title}, and how `toolkit import` converts them.",
         "",
         "| key of the other tool | key of the run file | what happens | why |",
         "| --- | --- | --- | --- |",
     ]
-    for row in found.rows:
-        to = f"`{row.to}`" if row.to else ""
-        why = row.why + (f"; not refused if the value is {fine}" if (fine := _fine(row)) else "")
-        lines.append(f"| `{row.old}` | {to} | {row.kind} | {why.replace('|', '/')} |")
+    for row in loaded.rows:
+        to = f"`{row.run_key}`" if row.run_key else ""
+        why = row.why + (
+            f"; not refused if the value is {fine}" if (fine := _accepted_values(row)) else ""
+        )
+        lines.append(f"| `{row.foreign_key}` | {to} | {row.kind} | {why.replace('|', '/')} |")
     return "\n".join(lines) + "\n"
