@@ -379,8 +379,8 @@ def make_models(root: Path) -> dict[str, Path]:
     folders = {
         "dense": make_tiny(root / "dense"),
         "tied": make_tiny(root / "tied", tie_word_embeddings=True, chat=True),
-        "experts": engine_checkpoints.make(root / "experts", "qwen3_moe"),
-        "softcap": engine_checkpoints.make(root / "softcap", "gemma2"),
+        "experts": engine_checkpoints.make_checkpoint(root / "experts", "qwen3_moe"),
+        "softcap": engine_checkpoints.make_checkpoint(root / "softcap", "gemma2"),
     }
     plain = json.loads((folders["dense"] / "config.json").read_text())
     configs = {name: plain | {"quantization_config": how} for name, how in QUANTIZED_MODELS.items()}

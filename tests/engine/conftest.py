@@ -29,33 +29,33 @@ SMALL: dict[str, Any] = {
 }
 
 
-def options(folder: Path | str, **changes: Any) -> EngineOptions:
+def small_options(folder: Path | str, **changes: Any) -> EngineOptions:
     """Options of a small engine on ``folder``."""
     return EngineOptions(model=str(folder), **(SMALL | changes))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+    previous_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(previous_threads)
 
 
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama checkpoint."""
-    return engine_checkpoints.make(tmp_path_factory.mktemp("llama"), "llama")
+    return engine_checkpoints.make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
 
 
 @pytest.fixture(scope="module")
 def llama(llama_folder: Path) -> Iterator[Engine]:
     """An engine on it, shared by the tests of a module."""
-    with open_engine(options(llama_folder)) as engine:
+    with open_engine(small_options(llama_folder)) as engine:
         yield engine
 
 
 @pytest.fixture
 def open_small() -> Callable[..., Engine]:
     """Opens another small engine: ``open_small(folder, **changes)``."""
-    return lambda folder, **changes: open_engine(options(folder, **changes))
+    return lambda folder, **changes: open_engine(small_options(folder, **changes))

@@ -54,18 +54,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {"gemma": ("Gemma", {"head_dim": 64})}
+EXTRA_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {"gemma": ("Gemma", {"head_dim": 64})}
 """Families that only some tests make: gemma2 has the same layers and more."""
 
 MODEL_CLASSES = {"Gemma3Text": "Gemma3ForCausalLM"}
 
 
-def make(folder: Path, family: str, **changes: Any) -> Path:
+def make_checkpoint(folder: Path, family: str, **changes: Any) -> Path:
     """Write the checkpoint of ``family`` and its tokenizer into ``folder`` and return it."""
-    stem, own = (FAMILIES | OTHERS)[family]
-    config = getattr(transformers, f"{stem}Config")(**(COMMON | own | changes))
+    class_stem, family_values = (FAMILIES | EXTRA_FAMILIES)[family]
+    config = getattr(transformers, f"{class_stem}Config")(**(COMMON | family_values | changes))
     torch.manual_seed(0)
-    model = getattr(transformers, MODEL_CLASSES.get(stem, f"{stem}ForCausalLM"))(config)
+    model = getattr(transformers, MODEL_CLASSES.get(class_stem, f"{class_stem}ForCausalLM"))(config)
     with (
         torch.no_grad()
     ):  # norms and biases start as ones and zeros: make each tensor tell itself apart
@@ -73,15 +73,15 @@ def make(folder: Path, family: str, **changes: Any) -> Path:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     model.float().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 
-def tokenizer() -> Any:
+def make_tokenizer() -> Any:
     """Word-level: the word ``t17`` is token 17."""
     vocabulary = {f"t{i}": i for i in range(VOCAB)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="t3"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="t3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="t0", bos_token="t1", eos_token="t2"
+        tokenizer_object=backend, pad_token="t0", bos_token="t1", eos_token="t2"
     )

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(2, 6) for b in range(3, 6)]
 
 
-def digits(completions: list[str], **_: Any) -> list[float]:
+def digit_reward(completions: list[str], **_: Any) -> list[float]:
     """The share of digits: differs between completions from the first step on."""
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
-def short(completions: list[str], **_: Any) -> list[float]:
+def short_reward(completions: list[str], **_: Any) -> list[float]:
     return [1.0 / (1 + len(text)) for text in completions]
 
 
-def load(folder: Path, **engine: Any) -> tuple[Any, Any]:
+def load_with_engine(folder: Path, **engine_arguments: Any) -> tuple[Any, Any]:
     """(model with an engine on it, tokenizer) of a checkpoint."""
     values = {
         "max_seq_length": 96,
@@ -43,11 +43,11 @@ def load(folder: Path, **engine: Any) -> tuple[Any, Any]:
         "max_num_batched_tokens": 512,
         "kv_cache_bytes": 1 << 26,
     }
-    return FastLanguageModel.from_pretrained(str(folder), **{**values, **engine})
+    return FastLanguageModel.from_pretrained(str(folder), **{**values, **engine_arguments})
 
 
 @contextmanager
-def adapted(base: Any, **settings: Any) -> Iterator[Any]:
+def temporary_adapter(base: Any, **settings: Any) -> Iterator[Any]:
     """``base`` with a fresh adapter, taken off again."""
     values = {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False, "random_state": 5}
     policy = FastLanguageModel.get_peft_model(base, **{**values, **settings})
@@ -58,7 +58,13 @@ def adapted(base: Any, **settings: Any) -> Iterator[Any]:
 
 
 def make_trainer(
-    policy: Any, tokenizer: Any, folder: Path, *, rows: Any = None, more: Any = None, **grpo: Any
+    policy: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    rows: Any = None,
+    trainer_arguments: Any = None,
+    **grpo: Any,
 ) -> GRPOTrainer:
     """``more`` goes to the trainer (reward_funcs, tools, eval_dataset), ``grpo`` to its
     arguments.
@@ -69,17 +75,17 @@ def make_trainer(
         args=arguments(folder, **values),
         train_dataset=Dataset.from_list(ROWS if rows is None else rows),
         processing_class=tokenizer,
-        **{"reward_funcs": digits, **(more or {})},
+        **{"reward_funcs": digit_reward, **(trainer_arguments or {})},
     )
 
 
-def steps(trainer: Any) -> list[dict[str, Any]]:
+def logged_steps(trainer: Any) -> list[dict[str, Any]]:
     """What was logged of each training step, less the wall clock."""
     rows = [row for row in trainer.state.log_history if "loss" in row]
     return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
 
 
-def adapter_bytes(policy: Any) -> str:
+def adapter_checksum(policy: Any) -> str:
     """A checksum of the trained tensors."""
     digest = hashlib.sha256()
     for name, parameter in policy.named_parameters():

@@ -12,7 +12,7 @@ from typing import Any
 
 import engine_checkpoints
 import torch
-from conftest import options
+from conftest import small_options
 from transformers import AutoModelForCausalLM
 
 from toolkit.engine.mesh import join_default_group
@@ -23,20 +23,30 @@ from toolkit.policy.lora_settings import LoraSettings
 from toolkit.policy.shared_weights import shared_model
 
 
-def largest_gap(engine: Any, policy: Any, prompt: list[int]) -> tuple[float, list[list[int]]]:
+def largest_logprob_gap(
+    engine: Any, policy: Any, prompt: list[int]
+) -> tuple[float, list[list[int]]]:
     """The largest |engine - trainer| log-probability over two completions, and these."""
     rollout = engine.generate([prompt], Sampling(n=2, max_tokens=16, temperature=0.7), seed=3)
     gaps = []
-    for ids, told in zip(rollout.completion_ids, rollout.logprobs, strict=True):
+    for ids, engine_logprobs in zip(rollout.completion_ids, rollout.logprobs, strict=True):
         sequence = torch.tensor([prompt + ids])
         with torch.no_grad():
             logits = policy(sequence).logits[0, len(prompt) - 1 : -1].float() / 0.7
-        ours = torch.log_softmax(logits, -1).gather(1, sequence[0, len(prompt) :, None])[:, 0]
-        gaps.append(float((ours - torch.tensor([one[0] for one in told])).abs().max()))
+        trainer_logprobs = torch.log_softmax(logits, -1).gather(
+            1, sequence[0, len(prompt) :, None]
+        )[:, 0]
+        gaps.append(
+            float(
+                (trainer_logprobs - torch.tensor([position[0] for position in engine_logprobs]))
+                .abs()
+                .max()
+            )
+        )
     return max(gaps), rollout.completion_ids
 
 
-def try_family(folder: Path, family: str) -> dict[str, Any]:
+def compare_with_separate_load(folder: Path, family: str) -> dict[str, Any]:
     eager = "eager" if family == "gemma2" else None
     reference = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=eager
@@ -46,31 +56,35 @@ def try_family(folder: Path, family: str) -> dict[str, Any]:
     with torch.no_grad():
         expected = reference(tokens).logits
     size = int(os.environ["WORLD_SIZE"])
-    with open_engine(options(folder, tensor_parallel_size=size, block_size=32, extra={})) as engine:
+    with open_engine(
+        small_options(folder, tensor_parallel_size=size, block_size=32, extra={})
+    ) as engine:
         model = shared_model(engine)
         with torch.no_grad():
             logits = float((model(tokens).logits - expected).abs().max())
         storages = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
-        shared = all(p.untyped_storage().data_ptr() in storages for p in model.parameters())
+        all_shared = all(p.untyped_storage().data_ptr() in storages for p in model.parameters())
         policy = add_lora(model, LoraSettings(r=8, lora_alpha=16))
-        drawn = {
+        random_tensors = {
             name: torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
             * 0.05
             for name, value in adapter_tensors(policy).items()
         }
         gaps, ids, outputs = [], [], []
         for factor in (1.0, 1.5):  # through vLLM's manager, and then into the slots
-            set_adapter_tensors(policy, {name: value * factor for name, value in drawn.items()})
+            set_adapter_tensors(
+                policy, {name: value * factor for name, value in random_tensors.items()}
+            )
             engine.publish(policy)
-            gap, found = largest_gap(engine, policy, prompt)
+            gap, completion_ids = largest_logprob_gap(engine, policy, prompt)
             gaps.append(gap)
-            ids.append(found)
+            ids.append(completion_ids)
             with torch.no_grad():
                 outputs.append(policy(tokens).logits)
-    moved = float((outputs[1] - outputs[0]).abs().max())
+    max_change = float((outputs[1] - outputs[0]).abs().max())
     return {
-        "family": family, "logits": logits, "gaps": gaps, "ids": ids, "moved": moved,
-        "shared": shared,
+        "family": family, "logits": logits, "gaps": gaps, "ids": ids, "moved": max_change,
+        "shared": all_shared,
     }  # fmt: skip
 
 
@@ -79,9 +93,9 @@ def main(folder: Path, families: list[str]) -> None:
     join_default_group()
     for family in families:
         if os.environ["RANK"] == "0":
-            engine_checkpoints.make(folder / family, family)
+            engine_checkpoints.make_checkpoint(folder / family, family)
         torch.distributed.barrier()
-        print(json.dumps(try_family(folder / family, family)), flush=True)
+        print(json.dumps(compare_with_separate_load(folder / family, family)), flush=True)
 
 
 if __name__ == "__main__":

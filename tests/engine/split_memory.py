@@ -12,7 +12,7 @@ from typing import Any
 
 import engine_checkpoints
 import torch
-from conftest import options
+from conftest import small_options
 
 from toolkit.base.errors import ToolkitError
 from toolkit.engine import together
@@ -24,18 +24,18 @@ PROMPTS = [[12] * 14, [15] * 16, [12] * 20]
 """Longer than twelve tokens, so that a step of fewer tokens draws one for each sequence."""
 
 
-def narrow(inner: Any, most: int) -> Any:
+def limit_sequences(forward: Any, max_sequences: int) -> Any:
     """``inner`` that has no memory for a step of more than ``most`` sequences."""
     steps: list[int] = []
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def limited_forward(*args: Any, **kwargs: Any) -> Any:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         steps.append(tokens.shape[0])
-        if len(steps) > 3 and most < tokens.shape[0] <= 12:
+        if len(steps) > 3 and max_sequences < tokens.shape[0] <= 12:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
-        return inner(*args, **kwargs)
+        return forward(*args, **kwargs)
 
-    return call
+    return limited_forward
 
 
 def main(folder: Path) -> None:
@@ -43,27 +43,30 @@ def main(folder: Path) -> None:
     join_default_group()
     rank = os.environ["RANK"]
     if rank == "0":
-        engine_checkpoints.make(folder, "llama")
+        engine_checkpoints.make_checkpoint(folder, "llama")
     torch.distributed.barrier()
     sampling = Sampling(n=4, max_tokens=10)
-    given = options(folder, tensor_parallel_size=2, block_size=32, extra={})
-    engine = open_engine(given)
-    whole = engine.generate(PROMPTS, sampling, seed=6).completion_ids
-    inner = engine.module.forward
-    engine.module.forward = narrow(inner, 5)
-    again = engine.generate(PROMPTS, sampling, seed=6).completion_ids
-    found: dict[str, Any] = {"same": again == whole, "most": engine._max_completions_per_call}
-    engine.module.forward = inner
+    engine_options = small_options(folder, tensor_parallel_size=2, block_size=32, extra={})
+    engine = open_engine(engine_options)
+    expected = engine.generate(PROMPTS, sampling, seed=6).completion_ids
+    forward = engine.module.forward
+    engine.module.forward = limit_sequences(forward, 5)
+    repeated = engine.generate(PROMPTS, sampling, seed=6).completion_ids
+    results: dict[str, Any] = {
+        "same": repeated == expected,
+        "most": engine._max_completions_per_call,
+    }
+    engine.module.forward = forward
     engine._max_completions_per_call = None
-    found["as before"] = engine.generate(PROMPTS, sampling, seed=6).completion_ids == whole
+    results["as before"] = engine.generate(PROMPTS, sampling, seed=6).completion_ids == expected
     together.PEER_TIMEOUT_S = 5.0
     if rank == "1":
-        engine.module.forward = narrow(inner, 5)
+        engine.module.forward = limit_sequences(forward, 5)
     try:
         engine.generate(PROMPTS, sampling, seed=6)
     except ToolkitError as error:
-        found["alone"] = [type(error).__name__, error.message, str(error.fix)]
-    print(json.dumps(found), flush=True)
+        results["alone"] = [type(error).__name__, error.message, str(error.fix)]
+    print(json.dumps(results), flush=True)
     os._exit(0)  # the other engine waits in a sum
 
 

@@ -46,10 +46,12 @@ def even(completions, **_):
 """
 
 
-def make(folder: Path, family: str = "llama", *, steps: int = 4, delay: float = 0.0) -> Path:
+def make_run_files(
+    folder: Path, family: str = "llama", *, steps: int = 4, delay: float = 0.0
+) -> Path:
     """Write model, data, reward and run file; returns the run file."""
     folder.mkdir(parents=True, exist_ok=True)
-    engine_checkpoints.make(folder / "model", family)
+    engine_checkpoints.make_checkpoint(folder / "model", family)
     rows = [{"question": f"t{5 + n} t{40 + 3 * n} t{90 + n} t7", "answer": "t4"} for n in range(24)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "my_rewards.py").write_text(REWARDS.format(delay=delay))
@@ -58,16 +60,18 @@ def make(folder: Path, family: str = "llama", *, steps: int = 4, delay: float = 
     return run_file
 
 
-def start(run_file: Path, run_dir: Path, size: int, *sets: str) -> subprocess.Popen[str]:
+def start_training(
+    run_file: Path, run_dir: Path, size: int, *overrides: str
+) -> subprocess.Popen[str]:
     """``toolkit train`` in ``size`` processes of this node."""
-    words = [sys.executable, "-m", "toolkit", "train", str(run_file), "--no-evaluate"]
-    words += ["--output-dir", str(run_dir)]
-    for one in sets:
-        words += ["--set", one]
+    command = [sys.executable, "-m", "toolkit", "train", str(run_file), "--no-evaluate"]
+    command += ["--output-dir", str(run_dir)]
+    for override in overrides:
+        command += ["--set", override]
     if size > 1:
-        words += ["--nproc-per-node", str(size)]
+        command += ["--nproc-per-node", str(size)]
     return subprocess.Popen(
-        words,
+        command,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -76,35 +80,41 @@ def start(run_file: Path, run_dir: Path, size: int, *sets: str) -> subprocess.Po
     )
 
 
-def train(run_file: Path, run_dir: Path, size: int, *sets: str) -> str:
+def run_training(run_file: Path, run_dir: Path, size: int, *overrides: str) -> str:
     """The same to its end; what it said."""
-    process = start(run_file, run_dir, size, *sets)
-    told, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, told
-    return told
+    process = start_training(run_file, run_dir, size, *overrides)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return output
 
 
-def rows(run_dir: Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def completions(run_dir: Path) -> list[tuple[Any, ...]]:
+def read_completions(run_dir: Path) -> list[tuple[Any, ...]]:
     """What was drawn."""
     lines = (run_dir / "completions.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    return [(row["step"], row["prompt"], row["completion"]) for row in found]
+    rows = [json.loads(line) for line in lines]
+    return [(row["step"], row["prompt"], row["completion"]) for row in rows]
 
 
-def distance(one: Path, other: Path) -> float:
+def largest_adapter_difference(first_run: Path, second_run: Path) -> float:
     """The largest difference of two adapters, in an element."""
-    mine, theirs = (load_file(d / "adapter/adapter_model.safetensors") for d in (one, other))
-    assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in theirs.items()}
-    return max((mine[name] - theirs[name]).abs().max().item() for name in mine)
+    first_tensors, second_tensors = (
+        load_file(d / "adapter/adapter_model.safetensors") for d in (first_run, second_run)
+    )
+    assert {n: t.shape for n, t in first_tensors.items()} == {
+        n: t.shape for n, t in second_tensors.items()
+    }
+    return max(
+        (first_tensors[name] - second_tensors[name]).abs().max().item() for name in first_tensors
+    )
 
 
-def digests(run_dir: Path) -> dict[str, str]:
+def output_digests(run_dir: Path) -> dict[str, str]:
     """What must be equal between two runs of one run file."""
     names = ("adapter/adapter_model.safetensors", "metrics.jsonl", "completions.jsonl")
     return {n: hashlib.sha256((run_dir / n).read_bytes()).hexdigest() for n in names}

@@ -39,8 +39,8 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """(codes (n, 1) uint8, state) of a (rows, columns) weight."""
     blocks = weight.reshape(-1, BLOCK)
     absmax = blocks.abs().amax(1).clamp(min=1e-8)
-    near = (blocks / absmax[:, None])[..., None] - CODE
-    indices = near.abs().argmin(-1).reshape(-1, 2).to(torch.uint8)
+    code_distances = (blocks / absmax[:, None])[..., None] - CODE
+    indices = code_distances.abs().argmin(-1).reshape(-1, 2).to(torch.uint8)
     state = SimpleNamespace(shape=weight.shape, absmax=absmax, dtype=weight.dtype, nested=False)
     return (indices[:, 0] * 16 + indices[:, 1])[:, None], state
 
@@ -69,12 +69,12 @@ class StandInMethod(LinearMethodBase):
         layer.weight = packed
 
     def apply(self, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
-        packed, made = layer.weight, []
+        packed, parts = layer.weight, []
         for index, state in packed.bnb_quant_state.items():
             start, end = (int(packed.bnb_shard_offsets[index + step]) for step in (0, 1))
-            made.append(torch.empty(tuple(state.shape)))
-            unpack(packed.data[start:end], state, made[-1])
-        out = functional.linear(x, torch.cat(made))
+            parts.append(torch.empty(tuple(state.shape)))
+            unpack(packed.data[start:end], state, parts[-1])
+        out = functional.linear(x, torch.cat(parts))
         return out if bias is None else out + bias
 
 
@@ -111,13 +111,13 @@ class StandInLoader(DefaultModelLoader):
     """vLLM's own, which refuses keys of ``model_loader_extra_config`` that it does not know."""
 
     def __init__(self, load_config: Any) -> None:
-        own, load_config.load_format = load_config.model_loader_extra_config, "auto"
+        extra_config, load_config.load_format = load_config.model_loader_extra_config, "auto"
         load_config.model_loader_extra_config = {}
         super().__init__(load_config)
-        load_config.model_loader_extra_config = own
+        load_config.model_loader_extra_config = extra_config
 
 
-def open_packed(options: EngineOptions, wanted: bool | int) -> Engine:
+def open_packed_engine(options: EngineOptions, copies: bool | int) -> Engine:
     """An engine over packed weights; copies for ``wanted`` of them."""
     prepare_environment()
     register_quantization_config(NAME)(StandInConfig)
@@ -126,7 +126,7 @@ def open_packed(options: EngineOptions, wanted: bool | int) -> Engine:
     arguments = options.to_vllm("cpu") | {
         "quantization": NAME,
         "load_format": NAME,
-        "model_loader_extra_config": {COPIES_OPTION: wanted},
+        "model_loader_extra_config": {COPIES_OPTION: copies},
         "enable_chunked_prefill": False,
     }
     with warnings.catch_warnings():

@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(3600)]
 QUESTION = "What is 12 + 30?"
 
 
-def command(*arguments: str) -> str:
+def run_toolkit(*arguments: str) -> str:
     """A command of the toolkit; returns what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
+    process = subprocess.run(
         [str(Path(sys.executable).with_name("toolkit")), *arguments],
         capture_output=True,
         text=True,
@@ -31,45 +31,47 @@ def command(*arguments: str) -> str:
         timeout=2400,
         env=environment,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of checkpoints, as the benchmark lays it out."""
     return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture(scope="module")
-def model(models: Path) -> Path:
+def model_folder(models_folder: Path) -> Path:
     pytest.importorskip("gguf")
-    return real_model.create_checkpoint(models / "smollm2-135m-instruct", None, print)
+    return real_model.create_checkpoint(models_folder / "smollm2-135m-instruct", None, print)
 
 
-def test_its_chat_format_and_tokens_are_those_of_the_model(model: Path) -> None:
+def test_the_checkpoint_has_the_models_chat_format_and_tokens(model_folder: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
-    assert GenerationConfig.from_pretrained(model).eos_token_id == 2
-    assert chat_format.folder_has_template(model) is True
-    config = AutoConfig.from_pretrained(model)
+    assert GenerationConfig.from_pretrained(model_folder).eos_token_id == 2
+    assert chat_format.folder_has_template(model_folder) is True
+    config = AutoConfig.from_pretrained(model_folder)
     assert config.model_type == "llama"
     assert not hasattr(config, "quantization_config")
-    before = (model / "model.safetensors").stat().st_mtime_ns
-    real_model.create_checkpoint(model, None, print)
-    assert (model / "model.safetensors").stat().st_mtime_ns == before
+    before = (model_folder / "model.safetensors").stat().st_mtime_ns
+    real_model.create_checkpoint(model_folder, None, print)
+    assert (model_folder / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_bench_learn_measures_both_arms_alike(model: Path, models: Path, tmp_path: Path) -> None:
+def test_bench_learn_measures_both_arms(
+    model_folder: Path, models_folder: Path, tmp_path: Path
+) -> None:
     small = ["--steps", "2", "--every", "1", "--prompts", "2", "--num-generations", "4"]
     small += ["--per-device-batch", "8", "--completion-tokens", "8", "--held-out", "8"]
-    paths = ["--models", str(models), "--out", str(tmp_path)]
-    shown = command("bench", "--learn", "--arms", "ours,trl", "--seeds", "1", *small, *paths,
+    paths = ["--models", str(models_folder), "--out", str(tmp_path)]
+    output = run_toolkit("bench", "--learn", "--arms", "ours,trl", "--seeds", "1", *small, *paths,
                     "--rank", "8", "--limit-s", "1800", "--json")  # fmt: skip
-    report = json.loads(shown)
+    report = json.loads(output)
     assert report["evaluation"] == "complete"
     runs = {run["arm"]: run for run in report["runs"]}
     assert {arm: run["generation"] for arm, run in runs.items()} == {
@@ -90,7 +92,7 @@ def test_bench_learn_measures_both_arms_alike(model: Path, models: Path, tmp_pat
     assert json.loads((tmp_path / "learn.json").read_text()) == report
 
 
-def test_train_generate_export(model: Path, tmp_path: Path) -> None:
+def test_train_generate_export(model_folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     problems = tasks.training_problems("sums", 8, seed=1)
@@ -99,7 +101,7 @@ def test_train_generate_export(model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (tmp_path / "run.yaml").write_text(
         f"""
-model: {{model_name: {model}, max_seq_length: 128, fast_inference: true}}
+model: {{model_name: {model_folder}, max_seq_length: 128, fast_inference: true}}
 lora: {{r: 8, lora_alpha: 8}}
 dataset: {{path: train.jsonl, prompt: question, answer: answer}}
 reward: {{functions: [{{name: numeric_match}}]}}
@@ -108,15 +110,15 @@ grpo: {{max_steps: 2, learning_rate: 1.0e-4, per_device_train_batch_size: 4, num
 runtime: {{output_dir: {run}, engine: vllm}}
 """
     )
-    command("train", str(tmp_path / "run.yaml"), "--no-evaluate")
+    run_toolkit("train", str(tmp_path / "run.yaml"), "--no-evaluate")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     assert all(row["sampling/logp_gap_max"] < 1e-3 for row in rows)
     texts = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     assert all("<|im_" not in json.dumps(row["completion"]) for row in texts)
-    said = command("generate", str(run), QUESTION)
-    assert said.strip()
-    command("export", str(run), "--to", str(tmp_path / "merged"), "--merge")
+    completion = run_toolkit("generate", str(run), QUESTION)
+    assert completion.strip()
+    run_toolkit("export", str(run), "--to", str(tmp_path / "merged"), "--merge")
     exported = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert (exported.eos_token, exported.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert chat_format.folder_has_template(tmp_path / "merged") is True

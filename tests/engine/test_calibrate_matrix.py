@@ -13,21 +13,21 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "gpu" / "calibrate_matrix.py"
 
 
-def run(out: Path, *arguments: str) -> str:
+def run_script(out: Path, *arguments: str) -> str:
     """The script's output; no card is visible to it."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(SCRIPT), "--out", str(out), *arguments],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
-    text = run(tmp_path)
+    text = run_script(tmp_path)
     assert "no GPU: not measured" in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and " len" in line]
     assert len(rows) >= 12
@@ -40,7 +40,7 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
 def test_the_tiny_matrix_runs_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     work = tmp_path / "work"
-    text = run(tmp_path / "out", "--dry", "--work", str(work))
+    text = run_script(tmp_path / "out", "--dry", "--work", str(work))
     rows = [
         json.loads(line)
         for line in (tmp_path / "out" / "calibration.jsonl").read_text().splitlines()
@@ -56,6 +56,6 @@ def test_the_tiny_matrix_runs_and_resumes(tmp_path: Path) -> None:
         term["predicted"] > 0 for row in rows for term in row["terms"] if "kv" in term["term"]
     )
     assert "Calibration on the CPU" in text
-    again = run(tmp_path / "out", "--dry", "--work", str(work))
-    assert "engine tiny" not in again  # what is there is not run again
+    second_output = run_script(tmp_path / "out", "--dry", "--work", str(work))
+    assert "engine tiny" not in second_output  # what is there is not run again
     assert len((tmp_path / "out" / "calibration.jsonl").read_text().splitlines()) == 4

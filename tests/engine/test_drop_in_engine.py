@@ -26,11 +26,11 @@ PROMPTS = [[4, 5, 6, 7], [9, 8]]
 
 
 def _load(folder: Path | str, **values: Any) -> Any:
-    plain = {"max_seq_length": 128, "load_in_4bit": False}
-    return FastLanguageModel.from_pretrained(str(folder), **{**plain, **values})
+    defaults = {"max_seq_length": 128, "load_in_4bit": False}
+    return FastLanguageModel.from_pretrained(str(folder), **{**defaults, **values})
 
 
-def test_an_adapters_folder_on_an_engine_with_weights_of_its_own(
+def test_an_adapter_folder_loads_on_an_engine_without_shared_weights(
     llama_folder: Path, tmp_path: Path
 ) -> None:
     """``share_weights=False`` keeps a trainer's copy; "auto" makes room for the adapter at hand.
@@ -45,7 +45,7 @@ def test_an_adapters_folder_on_an_engine_with_weights_of_its_own(
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     folder = trained.save_lora(tmp_path / "a")
-    fast, _ = _load(
+    engine_model, _ = _load(
         folder,
         fast_inference=True,
         max_lora_rank="auto",
@@ -55,20 +55,22 @@ def test_an_adapters_folder_on_an_engine_with_weights_of_its_own(
         max_num_batched_tokens=512,
         kv_cache_bytes=1 << 26,
     )
-    with fast.toolkit_engine as engine:
+    with engine_model.toolkit_engine as engine:
         assert engine.options.max_lora_rank == 16
-        assert _ids(fast.fast_generate(PROMPTS, **GREEDY)) == _ids(
+        assert _token_ids(engine_model.fast_generate(PROMPTS, **GREEDY)) == _token_ids(
             trained.fast_generate(PROMPTS, **GREEDY)
         )
-        base = _ids(model.fast_generate(PROMPTS, lora_request=None, **GREEDY))
-        assert _ids(fast.fast_generate(PROMPTS, lora_request=None, **GREEDY)) == base
-        own = {value.untyped_storage().data_ptr() for value in fast.parameters()}
-        theirs = {value.untyped_storage().data_ptr() for value in engine.module.parameters()}
-        assert not own & theirs
+        base = _token_ids(model.fast_generate(PROMPTS, lora_request=None, **GREEDY))
+        assert _token_ids(engine_model.fast_generate(PROMPTS, lora_request=None, **GREEDY)) == base
+        model_storages = {value.untyped_storage().data_ptr() for value in engine_model.parameters()}
+        engine_storages = {
+            value.untyped_storage().data_ptr() for value in engine.module.parameters()
+        }
+        assert not model_storages & engine_storages
 
 
 @pytest.fixture(scope="module")
-def fast(llama_folder: Path) -> Iterator[Any]:
+def engine_model(llama_folder: Path) -> Iterator[Any]:
     """The PEFT model on an engine, its B not zero."""
     model, _ = _load(
         llama_folder,
@@ -80,7 +82,7 @@ def fast(llama_folder: Path) -> Iterator[Any]:
         kv_cache_bytes=1 << 26,
     )
     with model.toolkit_engine:
-        _check_refusals(model)
+        _check_refused_settings(model)
         model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -90,7 +92,7 @@ def fast(llama_folder: Path) -> Iterator[Any]:
         yield model
 
 
-def _check_refusals(model: Any) -> None:
+def _check_refused_settings(model: Any) -> None:
     """The refusals of get_peft_model, before an adapter is on; none leaves a trace."""
     with pytest.raises(ConfigValueError, match="r=9 is above max_lora_rank=8") as caught:
         FastLanguageModel.get_peft_model(model, r=9)
@@ -107,21 +109,21 @@ def _check_refusals(model: Any) -> None:
     assert not any("lora_" in name for name, _ in model.named_parameters())
 
 
-def _ids(answers: Any) -> list[list[int]]:
-    return [list(output.token_ids) for answer in answers for output in answer.outputs]
+def _token_ids(results: Any) -> list[list[int]]:
+    return [list(output.token_ids) for result in results for output in result.outputs]
 
 
-def test_it_is_the_users_model_with_the_engine_on_it(fast: Any) -> None:
+def test_the_model_is_a_peft_model_with_an_engine(engine_model: Any) -> None:
     import peft
     from vllm import LLM
 
-    assert type(fast) is peft.PeftModelForCausalLM
-    assert isinstance(fast.vllm_engine, LLM)
-    assert fast.toolkit_engine.options.max_lora_rank == 8
-    assert fast.max_seq_length == 128
+    assert type(engine_model) is peft.PeftModelForCausalLM
+    assert isinstance(engine_model.vllm_engine, LLM)
+    assert engine_model.toolkit_engine.options.max_lora_rank == 8
+    assert engine_model.max_seq_length == 128
 
 
-def test_engine_arguments_that_we_hand_on_are_vllms() -> None:
+def test_vllm_has_all_engine_arguments_that_are_passed_on() -> None:
     from dataclasses import fields
 
     from vllm.engine.arg_utils import EngineArgs
@@ -132,66 +134,79 @@ def test_engine_arguments_that_we_hand_on_are_vllms() -> None:
     assert {API_OPTIONS[name].vllm_argument for name in set(API_OPTIONS) - set(OPTIONS)} <= known
 
 
-def test_both_engines_answer_alike(fast: Any, tmp_path: Path) -> None:
-    plain, _ = _load(fast.save_lora(tmp_path / "a"))
-    ours, theirs = fast.fast_generate(PROMPTS, **GREEDY), plain.fast_generate(PROMPTS, **GREEDY)
-    assert _ids(ours) == _ids(theirs)
+def test_vllm_and_transformers_sample_the_same_tokens(engine_model: Any, tmp_path: Path) -> None:
+    plain, _ = _load(engine_model.save_lora(tmp_path / "a"))
+    ours, theirs = (
+        engine_model.fast_generate(PROMPTS, **GREEDY),
+        plain.fast_generate(PROMPTS, **GREEDY),
+    )
+    assert _token_ids(ours) == _token_ids(theirs)
     assert [answer.outputs[0].text for answer in ours] == [
         answer.outputs[0].text for answer in theirs
     ]
     for one, two in zip(ours, theirs, strict=True):
         found = torch.tensor(one.outputs[0].logprobs)
         assert torch.allclose(found, torch.tensor(two.outputs[0].logprobs), atol=1e-5)
-    base = fast.fast_generate(PROMPTS, lora_request=None, **GREEDY)
-    assert _ids(base) != _ids(ours)
-    with fast.disable_adapter():
-        assert _ids(fast.fast_generate(PROMPTS, **GREEDY)) == _ids(base)
-    assert _ids(base) == _ids(plain.fast_generate(PROMPTS, lora_request=None, **GREEDY))
+    base = engine_model.fast_generate(PROMPTS, lora_request=None, **GREEDY)
+    assert _token_ids(base) != _token_ids(ours)
+    with engine_model.disable_adapter():
+        assert _token_ids(engine_model.fast_generate(PROMPTS, **GREEDY)) == _token_ids(base)
+    assert _token_ids(base) == _token_ids(plain.fast_generate(PROMPTS, lora_request=None, **GREEDY))
 
 
-def test_what_is_trained_is_what_is_sampled(fast: Any, tmp_path: Path) -> None:
+def test_the_engine_samples_from_the_trained_adapter(engine_model: Any, tmp_path: Path) -> None:
     """The adapter as it is now, with no step of the user's between; a saved one beside it."""
-    request = fast.load_lora(fast.save_lora(tmp_path / "a"))
-    before = _ids(fast.fast_generate(PROMPTS, **GREEDY))
-    parts = [value for name, value in fast.named_parameters() if "lora_B" in name]
+    request = engine_model.load_lora(engine_model.save_lora(tmp_path / "a"))
+    before = _token_ids(engine_model.fast_generate(PROMPTS, **GREEDY))
+    parts = [value for name, value in engine_model.named_parameters() if "lora_B" in name]
     kept = [part.detach().clone() for part in parts]
     try:
         with torch.no_grad():
             for part in parts:
                 part.neg_()
-        changed = _ids(fast.fast_generate(PROMPTS, **GREEDY))
+        changed = _token_ids(engine_model.fast_generate(PROMPTS, **GREEDY))
         assert changed != before
-        assert _ids(fast.fast_generate(PROMPTS, lora_request=request, **GREEDY)) == before
-        assert _ids(fast.fast_generate(PROMPTS, **GREEDY)) == changed
-        assert list(fast.peft_config) == ["default"]
+        assert (
+            _token_ids(engine_model.fast_generate(PROMPTS, lora_request=request, **GREEDY))
+            == before
+        )
+        assert _token_ids(engine_model.fast_generate(PROMPTS, **GREEDY)) == changed
+        assert list(engine_model.peft_config) == ["default"]
     finally:
         with torch.no_grad():
             for part, value in zip(parts, kept, strict=True):
                 part.copy_(value)
 
 
-def test_vllms_own_sampling_params(fast: Any, tmp_path: Path) -> None:
+def test_vllms_sampling_params_are_accepted(engine_model: Any, tmp_path: Path) -> None:
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=8, temperature=0)
     prompts = [PROMPTS[0], {"prompt_token_ids": PROMPTS[1]}]
-    request = fast.load_lora(fast.save_lora(tmp_path / "a"))
-    ours = _ids(fast.fast_generate(PROMPTS, **GREEDY))
-    assert _ids(fast.fast_generate(prompts, sampling_params=params)) == ours
-    assert _ids(fast.fast_generate(prompts, params, lora_request=request, use_tqdm=False)) == ours
-    base = fast.fast_generate(prompts, params, lora_request=None)
-    assert _ids(base) == _ids(fast.fast_generate(PROMPTS, lora_request=None, **GREEDY))
+    request = engine_model.load_lora(engine_model.save_lora(tmp_path / "a"))
+    ours = _token_ids(engine_model.fast_generate(PROMPTS, **GREEDY))
+    assert _token_ids(engine_model.fast_generate(prompts, sampling_params=params)) == ours
+    assert (
+        _token_ids(
+            engine_model.fast_generate(prompts, params, lora_request=request, use_tqdm=False)
+        )
+        == ours
+    )
+    base = engine_model.fast_generate(prompts, params, lora_request=None)
+    assert _token_ids(base) == _token_ids(
+        engine_model.fast_generate(PROMPTS, lora_request=None, **GREEDY)
+    )
 
 
-def test_an_interrupted_call_leaves_nothing_behind(
-    fast: Any, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_call_leaves_no_requests(
+    engine_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in a notebook, and the cell once more."""
     from vllm import SamplingParams
 
     params = SamplingParams(n=2, max_tokens=8, seed=4)
-    whole = _ids(fast.fast_generate(PROMPTS, params))
-    module, steps = fast.toolkit_engine.module, []
+    whole = _token_ids(engine_model.fast_generate(PROMPTS, params))
+    module, steps = engine_model.toolkit_engine.module, []
     inner = module.forward
 
     def interrupt(*args: Any, **kwargs: Any) -> Any:
@@ -203,12 +218,12 @@ def test_an_interrupted_call_leaves_nothing_behind(
     with monkeypatch.context() as patch:
         patch.setattr(module, "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            fast.fast_generate(PROMPTS, params)
-    assert fast.vllm_engine.llm_engine.get_num_unfinished_requests() == 0
-    assert _ids(fast.fast_generate(PROMPTS, params)) == whole
+            engine_model.fast_generate(PROMPTS, params)
+    assert engine_model.vllm_engine.llm_engine.get_num_unfinished_requests() == 0
+    assert _token_ids(engine_model.fast_generate(PROMPTS, params)) == whole
 
 
-def test_keywords_beside_vllms_sampling_params(fast: Any) -> None:
+def test_keywords_with_vllms_sampling_params_are_refused(engine_model: Any) -> None:
     from vllm import SamplingParams
 
     for keywords, words in (
@@ -217,28 +232,28 @@ def test_keywords_beside_vllms_sampling_params(fast: Any) -> None:
         ({"bogus": True}, "unknown argument 'bogus'"),
     ):
         with pytest.raises(ConfigTypeError, match=words):
-            fast.fast_generate(PROMPTS, SamplingParams(), **keywords)
+            engine_model.fast_generate(PROMPTS, SamplingParams(), **keywords)
     with pytest.raises(ConfigValueError, match=r"vLLM rejects the request: .* 128"):
-        fast.fast_generate([[5] * 200], SamplingParams())
+        engine_model.fast_generate([[5] * 200], SamplingParams())
 
 
-def test_arguments_that_only_the_other_takes(fast: Any) -> None:
+def test_arguments_of_transformers_are_refused_with_an_engine(engine_model: Any) -> None:
     for name in ("max_new_tokens", "do_sample", "input_ids", "num_beams"):
         with pytest.raises(ConfigTypeError, match=f"'{name}' is an argument of Hugging Face"):
-            fast.fast_generate(PROMPTS, **{name: 1})
+            engine_model.fast_generate(PROMPTS, **{name: 1})
 
 
 def test_a_rank_above_the_engines_is_refused_from_a_file(
-    fast: Any, llama_folder: Path, tmp_path: Path
+    engine_model: Any, llama_folder: Path, tmp_path: Path
 ) -> None:
     model, _ = _load(llama_folder)
     large = FastLanguageModel.get_peft_model(model, r=16, use_gradient_checkpointing=False)
     folder = large.save_lora(tmp_path / "large")
     with pytest.raises(ConfigValueError, match="r=16 is above max_lora_rank=8"):
-        fast.load_lora(folder)
+        engine_model.load_lora(folder)
 
 
-def test_beyond_the_models_length_is_refused_before_the_engine_starts(llama_folder: Path) -> None:
+def test_a_length_above_the_models_is_refused_before_the_engine_starts(llama_folder: Path) -> None:
     request = check_request(
         {
             "model_name": str(llama_folder),
@@ -251,15 +266,15 @@ def test_beyond_the_models_length_is_refused_before_the_engine_starts(llama_fold
         load_model_and_tokenizer(request)
 
 
-def test_closing_gives_back_all_but_the_weights(fast: Any) -> None:
+def test_closing_frees_everything_except_the_weights(engine_model: Any) -> None:
     """The last test: the model goes on without its engine."""
-    engine = fast.toolkit_engine
+    engine = engine_model.toolkit_engine
     held = [weakref.ref(thing) for thing in (engine.llm, engine.module, engine._adapters._manager)]
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
-        before = fast(ids).logits
+        before = engine_model(ids).logits
         engine.close()
         assert [thing() for thing in held] == [None] * 3
-        assert torch.equal(fast(ids).logits, before)
+        assert torch.equal(engine_model(ids).logits, before)
     with pytest.raises(ConfigError, match="the engine is closed"):
-        fast.fast_generate(PROMPTS, max_tokens=1)
+        engine_model.fast_generate(PROMPTS, max_tokens=1)

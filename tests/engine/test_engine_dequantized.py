@@ -13,7 +13,7 @@ import engine_training as training
 import pytest
 import stand_in_4bit
 import torch
-from conftest import options
+from conftest import small_options
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -52,107 +52,111 @@ def adapter(llama_folder: Path) -> Any:
     return model
 
 
-def draw(engine: Engine, adapter: Any) -> Any:
+def publish_and_sample(engine: Engine, adapter: Any) -> Any:
     engine.publish(adapter)
     return engine.generate(PROMPTS, SAMPLING, seed=3).as_tuple()
 
 
 @pytest.fixture(scope="module")
-def as_packed(llama_folder: Path, adapter: Any) -> Any:
+def packed_completions(llama_folder: Path, adapter: Any) -> Any:
     """What the engine draws when every product dequantizes its weight."""
-    with stand_in_4bit.open_packed(options(llama_folder), False) as engine:
+    with stand_in_4bit.open_packed_engine(small_options(llama_folder), False) as engine:
         assert getattr(engine.module, COPIES_ATTRIBUTE, None) is None
-        return draw(engine, adapter)
+        return publish_and_sample(engine, adapter)
 
 
 @pytest.fixture(scope="module")
-def engine(llama_folder: Path, as_packed: Any) -> Iterator[Engine]:
+def engine(llama_folder: Path, packed_completions: Any) -> Iterator[Engine]:
     """A second engine in this process, with copies of all layers."""
-    del as_packed
-    with stand_in_4bit.open_packed(options(llama_folder), True) as opened:
+    del packed_completions
+    with stand_in_4bit.open_packed_engine(small_options(llama_folder), True) as opened:
         yield opened
 
 
-def held(engine: Engine) -> int:
+def copied_bytes(engine: Engine) -> int:
     """Bytes that the copies hold now."""
     copies = getattr(engine.module, COPIES_ATTRIBUTE)
     return sum(tensor.untyped_storage().nbytes() for tensor in copies._copies)
 
 
-def test_the_same_completions_and_log_probabilities(
-    engine: Engine, adapter: Any, as_packed: Any
+def test_copies_give_the_same_completions_and_logprobs(
+    engine: Engine, adapter: Any, packed_completions: Any
 ) -> None:
     assert all(
         isinstance(layer.quant_method, DequantizedMethod)
         for layer in find_4bit_layers(engine.module)
     )
-    assert draw(engine, adapter) == as_packed
+    assert publish_and_sample(engine, adapter) == packed_completions
 
 
-def test_weights_are_unpacked_once_a_rollout(engine: Engine, adapter: Any, as_packed: Any) -> None:
+def test_weights_are_unpacked_once_per_rollout(
+    engine: Engine, adapter: Any, packed_completions: Any
+) -> None:
     layers = find_4bit_layers(engine.module)
     parts = sum(len(layer.weight.bnb_quant_state) for layer in layers)
     for _ in range(2):
         engine.sleep()
-        assert held(engine) == 0
+        assert copied_bytes(engine) == 0
         before = stand_in_4bit.calls["unpacked"]
-        assert draw(engine, adapter) == as_packed
+        assert publish_and_sample(engine, adapter) == packed_completions
         assert stand_in_4bit.calls["unpacked"] - before == parts
-        assert held(engine) == sum(copy_bytes(layer.weight, torch.float32) for layer in layers)
+        assert copied_bytes(engine) == sum(
+            copy_bytes(layer.weight, torch.float32) for layer in layers
+        )
 
 
-def test_a_call_of_the_llm_by_hand_fills_them(engine: Engine) -> None:
+def test_calling_the_llm_directly_fills_the_copies(engine: Engine) -> None:
     from vllm import SamplingParams
 
     engine.sleep()
-    told = engine.llm.generate(
+    outputs = engine.llm.generate(
         {"prompt_token_ids": PROMPTS[0]}, SamplingParams(max_tokens=3), use_tqdm=False
     )
-    assert len(told[0].outputs[0].token_ids) == 3
-    assert held(engine) > 0
+    assert len(outputs[0].outputs[0].token_ids) == 3
+    assert copied_bytes(engine) > 0
 
 
-def test_a_rollout_in_halves_uses_them(
-    engine: Engine, adapter: Any, as_packed: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_split_rollout_uses_the_copies(
+    engine: Engine, adapter: Any, packed_completions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, sizes = generation.generate, []
 
-    def short_of_memory(llm: Any, prompts: Any, sampling: Any, *rest: Any) -> Any:
+    def run_out_of_memory(llm: Any, prompts: Any, sampling: Any, *rest: Any) -> Any:
         sizes.append(len(prompts) * sampling.n)
         if sizes[-1] > 3:
             raise RuntimeError("CUDA out of memory. Tried to allocate")
         return real(llm, prompts, sampling, *rest)
 
-    monkeypatch.setattr(generation, "generate", short_of_memory)
+    monkeypatch.setattr(generation, "generate", run_out_of_memory)
     engine.sleep()
     # The tokens: log-probabilities are rounded otherwise in a smaller batch.
-    assert draw(engine, adapter)[1] == as_packed[1]
+    assert publish_and_sample(engine, adapter)[1] == packed_completions[1]
     assert max(sizes[1:]) <= 3
     engine._max_completions_per_call = None
 
 
-def test_too_little_memory_is_told_and_the_next_rollout_works(
-    engine: Engine, adapter: Any, as_packed: Any, monkeypatch: pytest.MonkeyPatch
+def test_too_little_memory_is_an_error_and_the_next_rollout_works(
+    engine: Engine, adapter: Any, packed_completions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies = getattr(engine.module, COPIES_ATTRIBUTE)
     engine.sleep()
 
-    def full() -> None:
+    def raise_out_of_memory() -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr(copies, "_remap", full)
+        patch.setattr(copies, "_remap", raise_out_of_memory)
         with pytest.raises(ToolkitError, match="could not be dequantized") as caught:
-            draw(engine, adapter)
+            publish_and_sample(engine, adapter)
     assert caught.value.fix
-    assert held(engine) == 0
-    assert draw(engine, adapter) == as_packed
+    assert copied_bytes(engine) == 0
+    assert publish_and_sample(engine, adapter) == packed_completions
 
 
 # --- training over copies
 
 
-def policy_over(engine: Engine, folder: Path) -> Any:
+def make_policy(engine: Engine, folder: Path) -> Any:
     """The trainer's model: the values that the engine's 4-bit layers stand for, and an adapter."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for module in model.model.layers.modules():
@@ -166,70 +170,81 @@ def policy_over(engine: Engine, folder: Path) -> Any:
     return policy
 
 
-def odd(completions: list[str], **_: Any) -> list[float]:
+def odd_number_reward(completions: list[str], **_: Any) -> list[float]:
     words = [text.split() for text in completions]
-    return [sum(int(word[1:]) % 2 for word in said) / max(1, len(said)) for said in words]
+    return [
+        sum(int(word[1:]) % 2 for word in completion_words) / max(1, len(completion_words))
+        for completion_words in words
+    ]
 
 
 @contextmanager
-def trainer_over(engine: Engine, model: Path, out: Path, **grpo: Any) -> Iterator[Any]:
+def make_trainer_with_copies(engine: Engine, model: Path, out: Path, **grpo: Any) -> Iterator[Any]:
     """A trainer whose copies are released in every reward call, which is after the rollout."""
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
-        assert held(engine) == 0
-        return odd(completions, **columns)
+        assert copied_bytes(engine) == 0
+        return odd_number_reward(completions, **columns)
 
     rows = [{"prompt": f"t{i} t{i + 1} t{i + 2}"} for i in range(5, 25)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' printer, and upstream's
         yield training.make_trainer(
-            policy_over(engine, model),
-            engine_checkpoints.tokenizer(),
+            make_policy(engine, model),
+            engine_checkpoints.make_tokenizer(),
             out,
             rows=rows,
-            more={"reward_funcs": reward},
+            trainer_arguments={"reward_funcs": reward},
             max_steps=4,
             **grpo,
         )
 
 
-def test_a_resumed_run_over_copies_ends_with_the_same_bytes(
+def test_a_resumed_run_with_copies_gives_the_same_adapter(
     engine: Engine, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
     saving = {"save_strategy": "steps", "save_steps": 1}
-    with trainer_over(engine, llama_folder, tmp_path / "a", **saving) as whole:
-        whole.train()
-    rows = training.steps(whole)
+    with make_trainer_with_copies(engine, llama_folder, tmp_path / "a", **saving) as full_run:
+        full_run.train()
+    rows = training.logged_steps(full_run)
     assert len(rows) == 4
     assert max(row["sampling/logp_gap_max"] for row in rows) < 1e-4
     assert all(row["grad_norm"] > 0 for row in rows)
-    with trainer_over(engine, llama_folder, tmp_path / "b") as again:
-        again.train(str(tmp_path / "a" / "checkpoint-2"))
-    assert training.adapter_bytes(again.model) == training.adapter_bytes(whole.model)
-    assert training.steps(again) == rows
+    with make_trainer_with_copies(engine, llama_folder, tmp_path / "b") as resumed_run:
+        resumed_run.train(str(tmp_path / "a" / "checkpoint-2"))
+    assert training.adapter_checksum(resumed_run.model) == training.adapter_checksum(full_run.model)
+    assert training.logged_steps(resumed_run) == rows
 
 
 # --- too little memory
 
 
-@pytest.mark.parametrize(("free", "said"), [(2 << 30, "no copies are made"), (80 << 30, None)])
-def test_auto_without_a_sizer_says_what_it_leaves_out(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, free: int, said: str | None
+@pytest.mark.parametrize(
+    ("free_bytes", "message"), [(2 << 30, "no copies are made"), (80 << 30, None)]
+)
+def test_auto_without_an_estimate_warns_about_missing_copies(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, free_bytes: int, message: str | None
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free_bytes, 80 << 30))
     config = engine.llm.llm_engine.vllm_config
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = dequantized.choose_copy_bytes(engine.module, config)
-    told = [str(one.message) for one in caught if one.category is ToolkitWarning]
-    whole = sum(copy_bytes(layer.weight) for layer in find_4bit_layers(engine.module))
-    assert chosen == (0 if said else whole)
-    assert len(told) == (1 if said else 0)
-    assert all(said in text and "leave only 0 B for the copies" in text for text in told if said)
+        copy_budget_bytes = dequantized.choose_copy_bytes(engine.module, config)
+    warnings_seen = [
+        str(warning.message) for warning in caught if warning.category is ToolkitWarning
+    ]
+    all_copies_bytes = sum(copy_bytes(layer.weight) for layer in find_4bit_layers(engine.module))
+    assert copy_budget_bytes == (0 if message else all_copies_bytes)
+    assert len(warnings_seen) == (1 if message else 0)
+    assert all(
+        message in text and "leave only 0 B for the copies" in text
+        for text in warnings_seen
+        if message
+    )
 
 
-def test_copies_that_are_asked_for_and_do_not_fit_are_refused(
+def test_requested_copies_that_do_not_fit_are_refused(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies = getattr(engine.module, COPIES_ATTRIBUTE)
@@ -242,12 +257,14 @@ def test_copies_that_are_asked_for_and_do_not_fit_are_refused(
 
 
 @pytest.mark.slow
-def test_the_largest_layers_first(llama_folder: Path, adapter: Any, as_packed: Any) -> None:
-    probe = {}
-    with stand_in_4bit.open_packed(options(llama_folder), 200_000) as engine:
+def test_the_largest_layers_are_copied_first(
+    llama_folder: Path, adapter: Any, packed_completions: Any
+) -> None:
+    bytes_by_copied = {}
+    with stand_in_4bit.open_packed_engine(small_options(llama_folder), 200_000) as engine:
         for layer in find_4bit_layers(engine.module):
-            taken = isinstance(layer.quant_method, DequantizedMethod)
-            probe.setdefault(taken, []).append(copy_bytes(layer.weight))
-        assert sum(probe[True]) <= 200_000
-        assert min(probe[True]) >= max(probe[False])
-        assert draw(engine, adapter) == as_packed
+            is_copied = isinstance(layer.quant_method, DequantizedMethod)
+            bytes_by_copied.setdefault(is_copied, []).append(copy_bytes(layer.weight))
+        assert sum(bytes_by_copied[True]) <= 200_000
+        assert min(bytes_by_copied[True]) >= max(bytes_by_copied[False])
+        assert publish_and_sample(engine, adapter) == packed_completions

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import engine_checkpoints
 import pytest
 import torch
-from conftest import options
+from conftest import small_options
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-SEVEN = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+ALL_PROJECTIONS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 TARGETS = {"phi3": FUSED, "qwen3_moe": ATTENTION}  # experts have no slots
 ATTENTION_OF = {"gemma2": "eager"}  # the default leaves its soft cap out
@@ -61,7 +61,7 @@ def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Case]:
     family = request.param
-    folder = engine_checkpoints.make(tmp_path_factory.mktemp(family), family)
+    folder = engine_checkpoints.make_checkpoint(tmp_path_factory.mktemp(family), family)
     # Loaded before the engine starts: vLLM changes some Hugging Face classes for good (OLMo 2).
     reference = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=ATTENTION_OF.get(family)
@@ -72,16 +72,16 @@ def case(
     plain = {name: tuple(p.shape) for name, p in reference.named_parameters()}
     weights = weights_digest(reference)
     del reference
-    with open_engine(options(folder)) as engine:
+    with open_engine(small_options(folder)) as engine:
         yield Case(family, engine, shared_model(engine), tokens, expected, plain, weights)
 
 
-def put_adapter(case: Case, alpha: int, rslora: bool, spread: float = 0.05) -> PeftModel:
+def add_random_adapter(case: Case, alpha: int, rslora: bool, spread: float = 0.05) -> PeftModel:
     config = LoraConfig(
         r=8,
         lora_alpha=alpha,
         use_rslora=rslora,
-        target_modules=TARGETS.get(case.family, SEVEN),
+        target_modules=TARGETS.get(case.family, ALL_PROJECTIONS),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(2)
@@ -93,7 +93,9 @@ def put_adapter(case: Case, alpha: int, rslora: bool, spread: float = 0.05) -> P
     return policy
 
 
-def largest_gap(case: Case, policy: Any, seed: int, prompt: list[int] | None = None) -> float:
+def largest_logprob_gap(
+    case: Case, policy: Any, seed: int, prompt: list[int] | None = None
+) -> float:
     """Largest |engine - trainer| log-probability over two completions."""
     prompt = prompt or case.tokens[0].tolist()
     rollout = case.engine.generate(
@@ -101,12 +103,19 @@ def largest_gap(case: Case, policy: Any, seed: int, prompt: list[int] | None = N
     )
     assert rollout.logprobs is not None
     gaps = []
-    for ids, told in zip(rollout.completion_ids, rollout.logprobs, strict=True):
+    for ids, engine_logprobs in zip(rollout.completion_ids, rollout.logprobs, strict=True):
         sequence = torch.tensor([prompt + ids])
         with torch.no_grad():
             logits = policy(sequence).logits[0, len(prompt) - 1 : -1].float() / 0.7
-        ours = torch.log_softmax(logits, -1).gather(1, sequence[0, len(prompt) :, None])[:, 0]
-        gaps.append((ours - torch.tensor([position[0] for position in told])).abs().max().item())
+        trainer_logprobs = torch.log_softmax(logits, -1).gather(
+            1, sequence[0, len(prompt) :, None]
+        )[:, 0]
+        gaps.append(
+            (trainer_logprobs - torch.tensor([position[0] for position in engine_logprobs]))
+            .abs()
+            .max()
+            .item()
+        )
     return max(gaps)
 
 
@@ -114,44 +123,44 @@ def checksum(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
 
 
-def test_logits_equal_a_separate_load_bit_for_bit(case: Case) -> None:
+def test_logits_equal_those_of_a_separate_load(case: Case) -> None:
     with torch.no_grad():
         assert torch.equal(case.model(case.tokens).logits, case.expected)
 
 
-def test_parameters_and_fingerprint_are_those_of_a_plain_load(case: Case) -> None:
+def test_parameters_and_digest_equal_those_of_a_separate_load(case: Case) -> None:
     """Tied weights too: one parameter, under one name."""
     assert {name: tuple(p.shape) for name, p in case.model.named_parameters()} == case.plain
     assert weights_digest(case.model) == case.weights
 
 
 def test_no_parameter_has_a_second_copy(case: Case) -> None:
-    live = {p.untyped_storage().data_ptr() for p in case.engine.module.parameters()}
+    engine_storages = {p.untyped_storage().data_ptr() for p in case.engine.module.parameters()}
     for name, parameter in case.model.named_parameters():
-        assert parameter.untyped_storage().data_ptr() in live, name
+        assert parameter.untyped_storage().data_ptr() in engine_storages, name
         assert not parameter.requires_grad, name
     # Written through one, read through the other: the very same memory.
     norm = case.model.get_submodule("model.norm").weight
     engine_norm = dict(case.engine.module.named_parameters())["model.norm.weight"]
-    before = norm[0].item()
+    previous_value = norm[0].item()
     with torch.no_grad():
         norm[0] = 7.0
     assert engine_norm[0].item() == 7.0
     with torch.no_grad():
-        norm[0] = before
+        norm[0] = previous_value
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_engine_samples_from_the_trained_policy(case: Case, scaling: str) -> None:
-    policy = put_adapter(case, *SCALINGS[scaling])
+    policy = add_random_adapter(case, *SCALINGS[scaling])
     trained = {n: checksum(p) for n, p in policy.named_parameters()}
     try:
         for round_number in range(2):  # registered, then in place
             case.engine.publish(policy)
             assert {n: checksum(p) for n, p in policy.named_parameters()} == trained
-            assert largest_gap(case, policy, seed=round_number) < TOLERANCE
+            assert largest_logprob_gap(case, policy, seed=round_number) < TOLERANCE
         with policy.disable_adapter():  # the adapter does something, or the above shows nothing
-            assert largest_gap(case, policy, seed=0) > 100 * TOLERANCE
+            assert largest_logprob_gap(case, policy, seed=0) > 100 * TOLERANCE
     finally:
         policy.unload()
 
@@ -160,16 +169,16 @@ def test_a_large_adapter_on_a_prompt_beyond_the_window(case: Case) -> None:
     """Scores of ten and more, where a cap that one side leaves out shows; windows are 64 tokens."""
     generator = torch.Generator().manual_seed(3)
     prompt = torch.randint(3, 200, (90,), generator=generator).tolist()
-    policy = put_adapter(case, 8, False, spread=0.5)
+    policy = add_random_adapter(case, 8, False, spread=0.5)
     try:
         case.engine.publish(policy)
-        assert largest_gap(case, policy, seed=1, prompt=prompt) < TOLERANCE
+        assert largest_logprob_gap(case, policy, seed=1, prompt=prompt) < TOLERANCE
     finally:
         policy.unload()
 
 
-def test_agreement_and_base_survive_twenty_training_steps(case: Case) -> None:
-    policy = put_adapter(case, 16, False)
+def test_logprobs_agree_after_twenty_training_steps(case: Case) -> None:
+    policy = add_random_adapter(case, 16, False)
     base = {n: checksum(p) for n, p in policy.named_parameters() if "lora_" not in n}
     weights = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-3)
@@ -181,7 +190,7 @@ def test_agreement_and_base_survive_twenty_training_steps(case: Case) -> None:
             optimizer.step()
             case.engine.publish(policy)
         assert all(not torch.equal(a, b) for a, b in zip(start, weights, strict=True))
-        assert largest_gap(case, policy, seed=5) < TOLERANCE
+        assert largest_logprob_gap(case, policy, seed=5) < TOLERANCE
         assert {n: checksum(p) for n, p in policy.named_parameters() if "lora_" not in n} == base
     finally:
         policy.unload()

@@ -31,7 +31,7 @@ TOLERANCE = 1e-5  # nats, float32
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def silence_print(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
 
 
@@ -40,44 +40,54 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]
     """(model with an engine on it, tokenizer), for all tests of the module."""
     from tiny_llama import make_tiny
 
-    model, tokenizer = training.load(make_tiny(tmp_path_factory.mktemp("grpo") / "model"))
+    model, tokenizer = training.load_with_engine(
+        make_tiny(tmp_path_factory.mktemp("grpo") / "model")
+    )
     with model.toolkit_engine:
         yield model, tokenizer
 
 
 @pytest.fixture
 def policy(loaded: tuple[Any, Any]) -> Iterator[Any]:
-    with training.adapted(loaded[0]) as policy:
+    with training.temporary_adapter(loaded[0]) as policy:
         yield policy
 
 
-def train(loaded: Any, folder: Path, **grpo: Any) -> tuple[list[dict[str, Any]], str, str]:
+def train_run(loaded: Any, folder: Path, **grpo: Any) -> tuple[list[dict[str, Any]], str, str]:
     """(what was logged, completions as JSON, checksum of the adapter) of a run of its own."""
-    more, said = grpo.pop("more", {}), []
+    trainer_arguments, completions_seen = grpo.pop("more", {}), []
 
-    def listen(completions: list[str], **_: Any) -> list[float]:
-        said.append(list(completions))
-        return training.digits(completions)
+    def record_completions(completions: list[str], **_: Any) -> list[float]:
+        completions_seen.append(list(completions))
+        return training.digit_reward(completions)
 
-    with training.adapted(loaded[0], **grpo.pop("lora", {})) as policy:
+    with training.temporary_adapter(loaded[0], **grpo.pop("lora", {})) as policy:
         trainer = training.make_trainer(
-            policy, loaded[1], folder, more={"reward_funcs": listen, **more}, **grpo
+            policy,
+            loaded[1],
+            folder,
+            trainer_arguments={"reward_funcs": record_completions, **trainer_arguments},
+            **grpo,
         )
         trainer.train()
-        return training.steps(trainer), json.dumps(said), training.adapter_bytes(policy)
+        return (
+            training.logged_steps(trainer),
+            json.dumps(completions_seen),
+            training.adapter_checksum(policy),
+        )
 
 
 # --- what must not move
 
 
-def test_fifty_steps_leave_every_tensor_of_the_engine_as_it_was(loaded, policy, tmp_path) -> None:
+def test_fifty_steps_do_not_change_the_engines_tensors(loaded, policy, tmp_path) -> None:
     engine = policy.toolkit_engine
-    before, fresh = training.engine_checksums(engine), training.adapter_bytes(policy)
+    before, untrained = training.engine_checksums(engine), training.adapter_checksum(policy)
     trainer = training.make_trainer(policy, loaded[1], tmp_path, max_steps=50)
     trainer.train()
-    rows = training.steps(trainer)
+    rows = training.logged_steps(trainer)
     assert len(rows) == 50
-    assert training.adapter_bytes(policy) != fresh
+    assert training.adapter_checksum(policy) != untrained
     assert training.engine_checksums(engine) == before
     assert len(before) > 20
     assert max(row["sampling/logp_gap_max"] for row in rows) < TOLERANCE
@@ -86,14 +96,14 @@ def test_fifty_steps_leave_every_tensor_of_the_engine_as_it_was(loaded, policy, 
     request = policy.load_lora(policy.save_lora(tmp_path / "saved"))
     prompts = ["2+3=", "5+5="]
     greedy = {"max_tokens": 8, "temperature": 0}
-    now = [a.outputs[0].token_ids for a in policy.fast_generate(prompts, **greedy)]
+    trained_ids = [a.outputs[0].token_ids for a in policy.fast_generate(prompts, **greedy)]
     saved = policy.fast_generate(prompts, lora_request=request, **greedy)
     base = policy.fast_generate(prompts, lora_request=None, **greedy)
-    assert [a.outputs[0].token_ids for a in saved] == now
-    assert [a.outputs[0].token_ids for a in base] != now
+    assert [a.outputs[0].token_ids for a in saved] == trained_ids
+    assert [a.outputs[0].token_ids for a in base] != trained_ids
 
 
-def test_an_adapter_that_trl_puts_on_is_sampled_from_and_the_base_stays(loaded, tmp_path) -> None:
+def test_an_adapter_that_trl_adds_is_trained_and_sampled(loaded, tmp_path) -> None:
     """``peft_config`` goes by get_peft_model; ``bf16`` is left to the config, and the engine is
     float32.
     """
@@ -101,22 +111,22 @@ def test_an_adapter_that_trl_puts_on_is_sampled_from_and_the_base_stays(loaded, 
     layers = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
     data = Dataset.from_list(training.ROWS)
 
-    def make(**peft: Any) -> GRPOTrainer:
+    def make_trl_trainer(**peft: Any) -> GRPOTrainer:
         config = GRPOConfig(str(tmp_path), max_steps=3, learning_rate=1e-2, logging_steps=1,
                             num_generations=4, max_completion_length=8, save_strategy="no",
                             report_to=[], use_cpu=True, gradient_checkpointing=False)  # fmt: skip
-        return GRPOTrainer(model, training.digits, config, data, processing_class=loaded[1],
+        return GRPOTrainer(model, training.digit_reward, config, data, processing_class=loaded[1],
                            peft_config=LoraConfig(**{**layers, **peft}))  # fmt: skip
 
     for refused in ({"init_lora_weights": "olora"}, {"bias": "all"}, {"use_dora": True}):
         with pytest.raises(UnsupportedError, match="peft_config"):
-            make(**refused)
+            make_trl_trainer(**refused)
     with pytest.raises(ConfigValueError, match="peft_config: r=16 is above max_lora_rank=8"):
-        make(r=16)
-    trainer = make()
+        make_trl_trainer(r=16)
+    trainer = make_trl_trainer()
     try:
         trainer.train()
-        gaps = [row["sampling/logp_gap_max"] for row in training.steps(trainer)]
+        gaps = [row["sampling/logp_gap_max"] for row in training.logged_steps(trainer)]
         assert max(gaps) < TOLERANCE
         assert trainer.base_check["unchanged"]
         assert training.engine_checksums(model.toolkit_engine) == before
@@ -125,15 +135,15 @@ def test_an_adapter_that_trl_puts_on_is_sampled_from_and_the_base_stays(loaded, 
         trainer.model.unload()
 
 
-def test_a_base_that_was_written_to_is_refused(loaded, policy, tmp_path) -> None:
+def test_a_changed_base_model_is_refused(loaded, policy, tmp_path) -> None:
     weight = loaded[0].get_parameter("model.norm.weight")
-    kept = weight.detach().clone()
+    original = weight.detach().clone()
     weight.data.mul_(1.5)
     try:
         with pytest.raises(ConfigValueError, match=r"changed after .* loaded it: .*norm\.weight"):
             training.make_trainer(policy, loaded[1], tmp_path)
     finally:
-        weight.data.copy_(kept)
+        weight.data.copy_(original)
     weight.requires_grad_(True)
     try:
         with pytest.raises(UnsupportedError, match=r"the engine samples: .*norm\.weight"):
@@ -142,27 +152,29 @@ def test_a_base_that_was_written_to_is_refused(loaded, policy, tmp_path) -> None
         weight.requires_grad_(False)
 
 
-def test_one_seed_is_one_run_whatever_the_process_did_before(loaded, tmp_path) -> None:
-    first = train(loaded, tmp_path / "a", max_steps=4)
-    other = train(loaded, tmp_path / "b", max_steps=3, seed=8, num_generations=2, temperature=1.5)
-    with training.adapted(loaded[0], random_state=1) as policy:
+def test_one_seed_gives_one_run_whatever_ran_before(loaded, tmp_path) -> None:
+    first = train_run(loaded, tmp_path / "a", max_steps=4)
+    other = train_run(
+        loaded, tmp_path / "b", max_steps=3, seed=8, num_generations=2, temperature=1.5
+    )
+    with training.temporary_adapter(loaded[0], random_state=1) as policy:
         policy.fast_generate(["1+1="], max_tokens=5, temperature=1.0)
     torch.manual_seed(99)
     torch.rand(7)
-    assert train(loaded, tmp_path / "c", max_steps=4) == first
+    assert train_run(loaded, tmp_path / "c", max_steps=4) == first
     assert other[1] != first[1]
-    assert train(loaded, tmp_path / "d", max_steps=4, seed=8)[1] != first[1]
+    assert train_run(loaded, tmp_path / "d", max_steps=4, seed=8)[1] != first[1]
 
 
 # --- TRL's options
 
-NEEDED = {
+REQUIRED_OPTIONS = {
     "luspo": {"importance_sampling_level": "sequence"},
     "vespo": {"vllm_importance_sampling_mode": "token_truncate"},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     **{
-        f"loss {name}": {"loss_type": name, **NEEDED.get(name, {})}
+        f"loss {name}": {"loss_type": name, **REQUIRED_OPTIONS.get(name, {})}
         for name in allowed_values("loss_types").values
     },
     "num_iterations": {"num_iterations": 2, "max_steps": 4},
@@ -189,34 +201,34 @@ OTHER_DISTRIBUTION = {"generation_kwargs"}
 @pytest.mark.filterwarnings("ignore:lora_dropout=0.1. the engine samples without:UserWarning")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_trls_options_run_on_the_engine(loaded, tmp_path, name) -> None:
-    rows, said, adapter = train(loaded, tmp_path, **OPTIONS[name])
+    rows, completions, adapter = train_run(loaded, tmp_path, **OPTIONS[name])
     assert len(rows) == OPTIONS[name].get("max_steps", 2)
-    assert json.loads(said)
-    with training.adapted(loaded[0], **OPTIONS[name].get("lora", {})) as fresh:
-        assert adapter != training.adapter_bytes(fresh)
+    assert json.loads(completions)
+    with training.temporary_adapter(loaded[0], **OPTIONS[name].get("lora", {})) as fresh:
+        assert adapter != training.adapter_checksum(fresh)
     assert ("kl" in rows[0]) == ("beta" in name)
     for row in rows:  # also where nothing was drawn for a step
         assert row["sampling/logp_gap_max"] >= row["sampling/logp_gap_mean"] >= 0
         if name not in OTHER_DISTRIBUTION | {"dropout"}:
             assert row["sampling/logp_gap_max"] < TOLERANCE
     if name == "num_iterations":  # steps 1 and 2 share a rollout, 3 and 4 the next
-        assert len(json.loads(said)) == 2
+        assert len(json.loads(completions)) == 2
     if name == "steps_per_generation":
-        assert len(json.loads(said)) == 1
+        assert len(json.loads(completions)) == 1
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
-def test_a_rollout_func_of_the_users_own(loaded, tmp_path) -> None:
-    def roll(prompts: list[str], trainer: Any) -> dict[str, Any]:
+def test_a_users_rollout_func_gives_the_same_run(loaded, tmp_path) -> None:
+    def rollout_func(prompts: list[str], trainer: Any) -> dict[str, Any]:
         ids, _, _ = trainer._tokenize_prompts(prompts)
         drawn = trainer.vllm_generation.generate(ids, None, trainer.num_generations)
         prompt_ids, completion_ids, logprobs, _ = drawn
         sampled = [[position[0] for position in row] for row in logprobs]
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": sampled}
 
-    own, _, adapter = train(loaded, tmp_path / "a", more={"rollout_func": roll})
-    assert all(row["sampling/logp_gap_max"] < TOLERANCE for row in own)
-    assert adapter == train(loaded, tmp_path / "b")[2]  # the same draws as without it
+    logged, _, adapter = train_run(loaded, tmp_path / "a", more={"rollout_func": rollout_func})
+    assert all(row["sampling/logp_gap_max"] < TOLERANCE for row in logged)
+    assert adapter == train_run(loaded, tmp_path / "b")[2]  # the same draws as without it
 
 
 def test_several_rewards_with_weights(loaded, policy, tmp_path) -> None:
@@ -224,24 +236,24 @@ def test_several_rewards_with_weights(loaded, policy, tmp_path) -> None:
         policy,
         loaded[1],
         tmp_path,
-        more={"reward_funcs": [training.digits, training.short]},
+        trainer_arguments={"reward_funcs": [training.digit_reward, training.short_reward]},
         reward_weights=[1.0, 0.25],
     )
     trainer.train()
-    for row in training.steps(trainer):
-        parts = row["rewards/digits/mean"] + 0.25 * row["rewards/short/mean"]
+    for row in training.logged_steps(trainer):
+        parts = row["rewards/digit_reward/mean"] + 0.25 * row["rewards/short_reward/mean"]
         assert row["reward"] == pytest.approx(parts, abs=1e-6)
 
 
 def test_evaluation_while_training(loaded, tmp_path) -> None:
     """It samples from the adapter of the moment, and what training draws does not hang on it."""
-    plain, _, _ = train(loaded, tmp_path / "a")
-    with training.adapted(loaded[0]) as policy:
+    expected, _, _ = train_run(loaded, tmp_path / "a")
+    with training.temporary_adapter(loaded[0]) as policy:
         trainer = training.make_trainer(
             policy,
             loaded[1],
             tmp_path / "b",
-            more={"eval_dataset": Dataset.from_list(training.ROWS[:4])},
+            trainer_arguments={"eval_dataset": Dataset.from_list(training.ROWS[:4])},
             eval_strategy="steps",
             eval_steps=1,
         )
@@ -251,45 +263,49 @@ def test_evaluation_while_training(loaded, tmp_path) -> None:
     assert all(row["eval_sampling/logp_gap_max"] < TOLERANCE for row in evals)
     # TRL shuffles the rows of a batch by the process's generator, which evaluation advances: the
     # same rows in another order, so the same numbers up to rounding.
-    for mine, other in zip(training.steps(trainer), plain, strict=True):
-        assert mine["reward"] == other["reward"]
-        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    for actual, expected_row in zip(training.logged_steps(trainer), expected, strict=True):
+        assert actual["reward"] == expected_row["reward"]
+        assert actual["grad_norm"] == pytest.approx(expected_row["grad_norm"], rel=1e-4)
 
 
 def test_structured_outputs(loaded, policy, tmp_path) -> None:
-    said: list[str] = []
+    completions_seen: list[str] = []
 
-    def listen(completions: list[str], **_: Any) -> list[float]:
-        said.extend(completions)
+    def record_completions(completions: list[str], **_: Any) -> list[float]:
+        completions_seen.extend(completions)
         return [float(text.endswith("7")) for text in completions]
 
     trainer = training.make_trainer(
         policy,
         loaded[1],
         tmp_path,
-        more={"reward_funcs": listen},
+        trainer_arguments={"reward_funcs": record_completions},
         vllm_structured_outputs_regex="[0-9]{2}=(yes|no)[0-9]",
     )
     # The mass of what a grammar allows is in every weight, and training does not know the grammar.
     with pytest.warns(ToolkitWarning, match="Remove vllm_structured_outputs_regex"):
         trainer.train()
-    assert len(said) == 16
-    assert all(text[:2].isdigit() and text[3:-1] in ("yes", "no") for text in said), said
-    assert len(set(said)) > 8
-    rows = training.steps(trainer)
+    assert len(completions_seen) == 16
+    assert all(text[:2].isdigit() and text[3:-1] in ("yes", "no") for text in completions_seen), (
+        completions_seen
+    )
+    assert len(set(completions_seen)) > 8
+    rows = training.logged_steps(trainer)
     assert all(0 < row["sampling/importance_sampling_ratio/mean"] <= 3 for row in rows)
 
 
-def test_checkpoints_of_a_training_on_the_engine(loaded, tmp_path) -> None:
+def test_training_resumes_from_a_checkpoint_with_the_same_result(loaded, tmp_path) -> None:
     """Saved by TRL's own options, gone on with in another trainer: the same end."""
     grpo = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = train(loaded, tmp_path / "a", **grpo)
+    full_run = train_run(loaded, tmp_path / "a", **grpo)
     saved = load_file(tmp_path / "a" / "checkpoint-2" / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
-    with training.adapted(loaded[0], random_state=77) as policy:  # another start: it is replaced
+    with training.temporary_adapter(
+        loaded[0], random_state=77
+    ) as policy:  # another start: it is replaced
         trainer = training.make_trainer(policy, loaded[1], tmp_path / "a", **grpo)
         trainer.train(str(tmp_path / "a" / "checkpoint-2"))
-        assert training.adapter_bytes(policy) == whole[2]
+        assert training.adapter_checksum(policy) == full_run[2]
 
 
 # --- tools
@@ -300,7 +316,7 @@ CHAT = (
     "{% for k, v in c['function']['arguments'].items() %} {{ k }} {{ v }}{% endfor %})"
     "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
-SAYS_IS_CALLS = {
+EVERY_TEXT_IS_A_CALL = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<a>",
     "fields": {
@@ -326,8 +342,8 @@ def test_tools_through_trls_loop(loaded, policy, tmp_path, turns) -> None:
     from tiny_llama import make_tokenizer
 
     tokenizer = make_tokenizer()
-    tokenizer.chat_template, tokenizer.response_template = CHAT, SAYS_IS_CALLS
-    called, seen = [], []
+    tokenizer.chat_template, tokenizer.response_template = CHAT, EVERY_TEXT_IS_A_CALL
+    call_texts, chats = [], []
 
     def measure(text: str) -> int:
         """The number of characters of a text.
@@ -335,11 +351,11 @@ def test_tools_through_trls_loop(loaded, policy, tmp_path, turns) -> None:
         Args:
             text: any text
         """
-        called.append(text)
+        call_texts.append(text)
         return len(text)
 
-    def listen(completions: Any, **_: Any) -> list[float]:
-        seen.extend(completions)
+    def record_chats(completions: Any, **_: Any) -> list[float]:
+        chats.extend(completions)
         return [float(len(messages[-1].get("content") or "x")) for messages in completions]
 
     trainer = training.make_trainer(
@@ -347,26 +363,26 @@ def test_tools_through_trls_loop(loaded, policy, tmp_path, turns) -> None:
         tokenizer,
         tmp_path,
         rows=[{"prompt": [{"role": "user", "content": f"{a}+1="}]} for a in range(8)],
-        more={"reward_funcs": listen, "tools": [measure]},
+        trainer_arguments={"reward_funcs": record_chats, "tools": [measure]},
         max_tool_calling_iterations=turns,
         max_completion_length=40,
         generation_kwargs={"max_tokens": 6},
     )
     trainer.train()
-    rows = training.steps(trainer)
+    rows = training.logged_steps(trainer)
     assert all(row["tools/call_frequency"] == turns for row in rows)
     assert all(row["tools/failure_frequency"] == 0 for row in rows)
     # Tokens of the tool's answer are not the model's: they are neither scored nor trained on.
     assert all(row["sampling/logp_gap_max"] < TOLERANCE for row in rows)
-    assert len(called) == 16 * turns
-    for messages in seen:
+    assert len(call_texts) == 16 * turns
+    for messages in chats:
         roles = [message["role"] for message in messages]
         assert roles == ["assistant", *["tool", "assistant"] * turns]
         said = messages[0]["tool_calls"][0]["function"]["arguments"]["text"]
         assert messages[1]["content"] == str(len(said))
 
 
-def test_a_loss_that_is_not_among_them_is_told_by_name(loaded, policy, tmp_path) -> None:
+def test_an_unknown_loss_type_is_refused(loaded, policy, tmp_path) -> None:
     trainer = training.make_trainer(policy, loaded[1], tmp_path, loss_type="no_such_loss")
     with pytest.raises(ValueError, match="no_such_loss"):
         trainer.train()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import engine_checkpoints
 import pytest
 import torch
-from conftest import options
+from conftest import small_options
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -65,27 +65,27 @@ def test_projections_of_latent_attention(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(engine_checkpoints.FAMILIES, family, FAMILIES[family])
-    folder = engine_checkpoints.make(tmp_path, family)
+    folder = engine_checkpoints.make_checkpoint(tmp_path, family)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     slots = (*SLOT_LAYERS, *FOLLOWED[family], "kv_b_proj")
-    with open_engine(options(folder, lora_target_modules=slots)) as engine:
+    with open_engine(small_options(folder, lora_target_modules=slots)) as engine:
         for module in engine.module.modules():
             if type(module).__name__.endswith("RotaryEmbedding"):
                 module._forward_method = module.forward_native
-        assert _gap(engine, model) < TOLERANCE
+        assert _largest_logprob_gap(engine, model) < TOLERANCE
         for target in FOLLOWED[family]:
-            policy = _adapted(model, target)
+            policy = _add_adapter(model, target)
             engine.publish(policy)
-            assert _gap(engine, policy) < TOLERANCE, target
+            assert _largest_logprob_gap(engine, policy) < TOLERANCE, target
             with policy.disable_adapter():
-                assert _gap(engine, policy) > 100 * TOLERANCE, target
+                assert _largest_logprob_gap(engine, policy) > 100 * TOLERANCE, target
             policy.unload()
-        policy = _adapted(model, "kv_b_proj")
+        policy = _add_adapter(model, "kv_b_proj")
         with pytest.raises(UnsupportedError, match="ignores an adapter on"):
             engine.publish(policy)
 
 
-def _adapted(model: Any, target: str) -> Any:
+def _add_adapter(model: Any, target: str) -> Any:
     policy = get_peft_model(
         model, LoraConfig(r=8, lora_alpha=8, target_modules=[target], task_type="CAUSAL_LM")
     )
@@ -97,7 +97,7 @@ def _adapted(model: Any, target: str) -> Any:
     return policy
 
 
-def _gap(engine: Any, policy: Any) -> float:
+def _largest_logprob_gap(engine: Any, policy: Any) -> float:
     """Largest |engine - trainer| log-probability: the first token follows a prefill, which is
     computed otherwise than the rest.
     """

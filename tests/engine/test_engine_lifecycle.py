@@ -14,7 +14,7 @@ import engine_checkpoints
 import psutil
 import pytest
 import torch
-from conftest import options
+from conftest import small_options
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -49,7 +49,7 @@ def held() -> tuple[set[str], int, int]:
     return threads, len(process.children(recursive=True)), len(listening)
 
 
-def test_close_leaves_nothing_behind_and_a_second_engine_works(
+def test_close_frees_everything_and_a_second_engine_works(
     llama_folder: Path, open_small: Callable[..., Engine]
 ) -> None:
     sampling = Sampling(n=2, max_tokens=8)
@@ -130,7 +130,7 @@ def test_a_process_group_of_the_trainer_survives_the_engine(
         assert engine.generate([[5]], Sampling(max_tokens=2), seed=1).completion_ids
 
 
-def test_an_engine_that_failed_to_start_leaves_room_for_another(
+def test_after_a_failed_start_another_engine_works(
     llama_folder: Path, open_small: Callable[..., Engine]
 ) -> None:
     with pytest.raises(ToolkitError) as caught:
@@ -146,14 +146,14 @@ def test_an_engine_that_failed_to_start_leaves_room_for_another(
         assert engine.generate([[5]], Sampling(max_tokens=1), seed=1).completion_ids
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def rewrite_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     path = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-BAD = {
+BAD_CHECKPOINTS = {
     "missing": "lacks tensors of the model .*model.layers.1.mlp.down_proj.weight",
     "missing expert": "lacks tensors of the model .*model.layers.1.mlp.experts.2.up_proj.weight$",
     "extra": "no module or parameter named 'layers.1.self_attn.q_norm'",
@@ -163,31 +163,31 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_checkpoint_that_does_not_fit_is_refused(
-    kind: str, tmp_path: Path, open_small: Callable[..., Engine]
+@pytest.mark.parametrize("defect", BAD_CHECKPOINTS)
+def test_a_checkpoint_that_does_not_match_is_refused(
+    defect: str, tmp_path: Path, open_small: Callable[..., Engine]
 ) -> None:
-    family = "qwen3_moe" if kind == "missing expert" else "llama"
-    folder = engine_checkpoints.make(tmp_path, family)
+    family = "qwen3_moe" if defect == "missing expert" else "llama"
+    folder = engine_checkpoints.make_checkpoint(tmp_path, family)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        if kind == "missing":
+        if defect == "missing":
             del tensors["model.layers.1.mlp.down_proj.weight"]
-        elif kind == "missing expert":
+        elif defect == "missing expert":
             del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
-        elif kind == "extra":
+        elif defect == "extra":
             tensors["model.layers.1.self_attn.q_norm.weight"] = torch.ones(32)
-        elif kind == "NaN":
+        elif defect == "NaN":
             tensors["model.norm.weight"][0] = torch.nan
         else:
             tensors["model.norm.weight"] = torch.ones(64)
 
-    change_tensors(folder, change)
-    if kind == "cut short":
+    rewrite_tensors(folder, change)
+    if defect == "cut short":
         os.truncate(folder / "model.safetensors", 50_000)
     with pytest.raises(ToolkitError) as caught, open_small(folder) as engine:
         shared_model(engine)
-    assert re.search(BAD[kind], caught.value.message), caught.value
+    assert re.search(BAD_CHECKPOINTS[defect], caught.value.message), caught.value
     assert caught.value.exit_code == 1
     assert "checkpoint" in str(caught.value.fix)
 
@@ -195,7 +195,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 def test_engine_and_model_that_differ_are_refused_by_the_spot_check(
     tmp_path: Path, open_small: Callable[..., Engine]
 ) -> None:
-    folder = engine_checkpoints.make(tmp_path, "llama")
+    folder = engine_checkpoints.make_checkpoint(tmp_path, "llama")
     with open_small(folder) as engine:
         config = json.loads((folder / "config.json").read_text())
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": 7.0}
@@ -220,10 +220,10 @@ def test_a_separate_model_needs_no_shared_weights(
         ({"architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM"),
     ],
 )
-def test_models_that_cannot_be_served_are_refused_before_loading(
+def test_unsupported_models_are_refused_before_loading(
     change: dict, text: str, tmp_path: Path, open_small: Callable[..., Engine]
 ) -> None:
-    folder = engine_checkpoints.make(tmp_path, "llama")
+    folder = engine_checkpoints.make_checkpoint(tmp_path, "llama")
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UnsupportedError, match=text) as caught:
@@ -231,41 +231,41 @@ def test_models_that_cannot_be_served_are_refused_before_loading(
     assert caught.value.fix
 
 
-def test_4bit_wants_a_gpu(llama_folder: Path, open_small: Callable[..., Engine]) -> None:
+def test_4bit_needs_a_gpu(llama_folder: Path, open_small: Callable[..., Engine]) -> None:
     with pytest.raises(UnsupportedError, match="CUDA"):
         open_small(llama_folder, load_in_4bit=True)
 
 
-def test_a_model_that_is_not_there(tmp_path: Path, open_small: Callable[..., Engine]) -> None:
+def test_a_missing_model_is_refused(tmp_path: Path, open_small: Callable[..., Engine]) -> None:
     with pytest.raises(InputError, match="the model config cannot be read"):
         open_small(tmp_path / "nothing")
 
 
 @pytest.mark.slow
-def test_experts_on_a_cpu(tmp_path: Path) -> None:
+def test_experts_on_a_cpu_cannot_be_shared_with_adapters_on_them(tmp_path: Path) -> None:
     """vLLM's own CPU kernel repacks experts, so they are shared where LoRA is on alone; and no
     expert gets an adapter (what does is among the families).
     """
-    folder = engine_checkpoints.make(tmp_path, "qwen3_moe")
-    with open_engine(options(folder, enable_lora=False)) as engine:
+    folder = engine_checkpoints.make_checkpoint(tmp_path, "qwen3_moe")
+    with open_engine(small_options(folder, enable_lora=False)) as engine:
         assert engine.generate([[5]], Sampling(max_tokens=2), seed=1).completion_ids
         with pytest.raises(UnsupportedError, match=r"rewritten .*w13_weight"):
             shared_model(engine)
-    with open_engine(options(folder)) as engine:
+    with open_engine(small_options(folder)) as engine:
         model = shared_model(engine)
         on_experts = LoraConfig(
             r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]
         )
         policy = get_peft_model(model, on_experts)
-        with pytest.raises(UnsupportedError, match="a weight of the experts") as told:
+        with pytest.raises(UnsupportedError, match="a weight of the experts") as caught:
             engine.publish(policy)
-        assert "set `target_modules` to the attention projections" in str(told.value.fix)
+        assert "set `target_modules` to the attention projections" in str(caught.value.fix)
 
 
-def test_heads_that_the_cpu_has_no_kernel_for_are_the_users_to_change(tmp_path: Path) -> None:
+def test_a_head_size_without_a_cpu_kernel_is_refused(tmp_path: Path) -> None:
     """Before vLLM starts, and not as a bad node."""
-    engine_checkpoints.make(tmp_path, "llama", head_dim=16)
-    with pytest.raises(UnsupportedError, match="heads have size 16") as refused:
-        open_engine(options(tmp_path))
-    assert refused.value.exit_code == 1
-    assert "runtime.engine: transformers" in str(refused.value.fix)
+    engine_checkpoints.make_checkpoint(tmp_path, "llama", head_dim=16)
+    with pytest.raises(UnsupportedError, match="heads have size 16") as caught:
+        open_engine(small_options(tmp_path))
+    assert caught.value.exit_code == 1
+    assert "runtime.engine: transformers" in str(caught.value.fix)

@@ -40,7 +40,7 @@ CASES = [
     for tied in (True, False)
     for engine in ("vllm", "transformers")
 ]
-RUN = """\
+RUN_FILE = """\
 model: {{model_name: model, max_seq_length: 64, dtype: float32, max_lora_rank: 8,
   kv_cache_bytes: 67108864, max_num_seqs: 8, max_num_batched_tokens: 512}}
 lora: {{r: 4, lora_alpha: 64, target_modules: {targets}, use_gradient_checkpointing: false}}
@@ -56,7 +56,7 @@ def even(completions, **_):
 """
 TARGETS = {"phi3": "[qkv_proj, o_proj]"}
 PROMPT = "t5 t6 t7"
-PLAIN = """\
+TRANSFORMERS_SCRIPT = """\
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, prompt = sys.argv[1:]
@@ -69,7 +69,7 @@ print(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True))
 """
 
 
-def characters() -> Any:
+def make_qwen2_tokenizer() -> Any:
     """transformers 5.17 reads every tokenizer of a Qwen2 checkpoint as its own kind of BPE."""
     pieces = ["<pad>", "<bos>", "<eos>", *"0123456789t\u0120"]
     pieces += [f"x{number}" for number in range(len(pieces), engine_checkpoints.VOCAB)]
@@ -84,38 +84,40 @@ def characters() -> Any:
     )
 
 
-def world(folder: Path, family: str, tied: bool, engine: str) -> Path:
-    engine_checkpoints.make(folder / "model", family, tie_word_embeddings=tied)
+def make_run_files(folder: Path, family: str, tied: bool, engine: str) -> Path:
+    engine_checkpoints.make_checkpoint(folder / "model", family, tie_word_embeddings=tied)
     if family == "qwen2":
-        characters().save_pretrained(folder / "model")
+        make_qwen2_tokenizer().save_pretrained(folder / "model")
     rows = [{"question": f"t{i} t{i + 1} t{i + 2}"} for i in range(50, 74)]  # t0 to t3 are special
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "mine.py").write_text(REWARD)
     targets = TARGETS.get(family, "[q_proj, k_proj, v_proj, o_proj]")
     run_file = folder / "run.yaml"
-    run_file.write_text(RUN.format(engine=engine, targets=targets))
+    run_file.write_text(RUN_FILE.format(engine=engine, targets=targets))
     return run_file
 
 
-def plain(folder: Path) -> str:
+def generate_with_transformers(folder: Path) -> str:
     """What plain transformers answers. In its own process: vLLM changes some of its classes."""
-    words = [sys.executable, "-c", PLAIN, str(folder), PROMPT]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
+    command = [sys.executable, "-c", TRANSFORMERS_SCRIPT, str(folder), PROMPT]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout.strip()
 
 
 @pytest.mark.parametrize(("family", "tied", "engine"), CASES)
 def test_train_generate_export_and_plain_transformers(
     tmp_path: Path, family: str, tied: bool, engine: str
 ) -> None:
-    run_file = world(tmp_path, family, tied, engine)
-    done = run_toolkit("train", str(run_file))
+    run_file = make_run_files(tmp_path, family, tied, engine)
+    process = run_toolkit("train", str(run_file))
     if (family, tied, engine) == ("gemma2", False, "vllm"):
         # vLLM has no separate head for Gemma 2, and no published model has one.
-        assert (done.returncode, "LOAD028" in done.stderr) == (1, True), done.stderr[-3000:]
+        assert (process.returncode, "LOAD028" in process.stderr) == (1, True), process.stderr[
+            -3000:
+        ]
         return
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     folder = tmp_path / "run"
     assert json.loads((folder / "manifest.json").read_text())["base"]["unchanged"] is True
     base = json.loads((folder / "adapter" / "base.json").read_text())
@@ -128,9 +130,9 @@ def test_train_generate_export_and_plain_transformers(
         run, [PROMPT], engine="transformers", temperature=0.0, max_tokens=8
     )
     export_run(run, tmp_path / "merged", merge=True)
-    assert plain(tmp_path / "merged") == answer
-    assert plain(tmp_path / "model") != answer
+    assert generate_with_transformers(tmp_path / "merged") == answer
+    assert generate_with_transformers(tmp_path / "model") != answer
     if engine == "vllm" and family != "qwen3":
         options = ("--engine", "vllm", "--temperature", "0", "--max-tokens", "8")
-        again = run_toolkit("generate", str(folder), PROMPT, *options)
-        assert again.stdout.strip() == answer, again.stderr[-3000:]
+        generated = run_toolkit("generate", str(folder), PROMPT, *options)
+        assert generated.stdout.strip() == answer, generated.stderr[-3000:]

@@ -57,19 +57,22 @@ def test_qwen_on_the_engine(tmp_path: Path, monkeypatch: Any) -> None:
             warnings.simplefilter("ignore")
             trainer.train()
         assert trained_layers(model)
-        drawn = trainer.vllm_generation.sampling_options(4)
-        assert (drawn.min_p, drawn.extra["stop"]) == (0.1, [tokenizer.eos_token])
+        sampling = trainer.vllm_generation.sampling_options(4)
+        assert (sampling.min_p, sampling.extra["stop"]) == (0.1, [tokenizer.eos_token])
 
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": "1+2=?"}], add_generation_prompt=True, tokenize=False
         )
         model.save_lora(str(tmp_path / "saved"))
         greedy = SamplingParams(temperature=0, max_tokens=8)
-        asked = model.fast_generate(
+        engine_results = model.fast_generate(
             text, sampling_params=greedy, lora_request=model.load_lora(str(tmp_path / "saved"))
         )
         ids = tokenizer(text, return_tensors="pt")
         ids.pop("token_type_ids", None)
-        said = model.generate(**ids, max_new_tokens=8, do_sample=False)
-        there = list(asked[0].outputs[0].token_ids)
-        assert said[0, ids["input_ids"].shape[1] :].tolist()[: len(there)] == there
+        transformers_ids = model.generate(**ids, max_new_tokens=8, do_sample=False)
+        engine_ids = list(engine_results[0].outputs[0].token_ids)
+        assert (
+            transformers_ids[0, ids["input_ids"].shape[1] :].tolist()[: len(engine_ids)]
+            == engine_ids
+        )

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12] * 40]
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture
 def policy(llama: Engine) -> Iterator[PeftModel]:
     """The shared model with a non-zero adapter; taken off again."""
-    yield from with_adapter(llama, target_modules=SEVEN)
+    yield from temporary_adapter(llama, target_modules=ALL_PROJECTIONS)
 
 
-def with_adapter(engine: Engine, **settings: object) -> Iterator[PeftModel]:
+def temporary_adapter(engine: Engine, **settings: object) -> Iterator[PeftModel]:
     torch.manual_seed(0)
     model = shared_model(engine, check=False)
     # type: ignore[arg-type]
@@ -52,11 +52,11 @@ def with_adapter(engine: Engine, **settings: object) -> Iterator[PeftModel]:
     policy.unload()
 
 
-def test_the_engine_has_the_agreed_face(llama: Engine) -> None:
+def test_the_engine_implements_rollout_engine(llama: Engine) -> None:
     assert isinstance(llama, RolloutEngine)
 
 
-def test_a_sleeping_cache_is_woken_by_whatever_samples(
+def test_every_sampling_call_wakes_the_kv_cache(
     llama: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
@@ -73,7 +73,7 @@ def test_a_sleeping_cache_is_woken_by_whatever_samples(
     assert calls == ["sleep", "wake", "draw"] * 2
 
 
-def test_layout_is_trls(llama: Engine) -> None:
+def test_the_rollout_has_trls_layout(llama: Engine) -> None:
     rollout = llama.generate(PROMPTS, Sampling(n=3, max_tokens=6, logprobs=0), seed=1)
     assert [len(part or []) for part in rollout.as_tuple()] == [9, 9, 9, 9]
     assert rollout.prompt_ids[:4] == [PROMPTS[0]] * 3 + [PROMPTS[1]]
@@ -87,9 +87,9 @@ def test_layout_is_trls(llama: Engine) -> None:
 
 
 @pytest.mark.parametrize("logprobs", [0, 1, 3])
-def test_logprobs_are_those_trl_would_extract(llama: Engine, logprobs: int) -> None:
+def test_logprobs_equal_those_that_trl_extracts(llama: Engine, logprobs: int) -> None:
     sampling = Sampling(max_tokens=6, logprobs=logprobs, top_p=0.9)
-    ours = llama.generate(PROMPTS, sampling, seed=4, adapter=False)
+    rollout = llama.generate(PROMPTS, sampling, seed=4, adapter=False)
     from toolkit.engine.rollout_request import request_seed
 
     params = [
@@ -99,18 +99,18 @@ def test_logprobs_are_those_trl_would_extract(llama: Engine, logprobs: int) -> N
     requests = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     outputs = llama.llm.generate(requests, params, use_tqdm=False)
     values, tokens = extract_logprobs(outputs)
-    assert ours.completion_ids == [list(output.outputs[0].token_ids) for output in outputs]
-    assert ours.logprob_token_ids == tokens
-    assert ours.logprobs == values
+    assert rollout.completion_ids == [list(output.outputs[0].token_ids) for output in outputs]
+    assert rollout.logprob_token_ids == tokens
+    assert rollout.logprobs == values
 
 
-def test_no_logprobs_when_none_are_asked_for(llama: Engine) -> None:
+def test_no_logprobs_if_none_are_requested(llama: Engine) -> None:
     rollout = llama.generate(PROMPTS, Sampling(max_tokens=2, logprobs=None), seed=1)
     assert (rollout.logprobs, rollout.logprob_token_ids) == (None, None)
     assert llama.generate([], Sampling(), seed=1).completion_ids == []
 
 
-def test_same_seed_same_completions_whatever_ran_before(llama: Engine) -> None:
+def test_the_same_seed_gives_the_same_completions(llama: Engine) -> None:
     sampling = Sampling(n=4, max_tokens=12)
     first = llama.generate(PROMPTS, sampling, seed=derive_seed(42, 7))
     torch.manual_seed(99)
@@ -125,11 +125,11 @@ def test_same_seed_same_completions_whatever_ran_before(llama: Engine) -> None:
     assert twice[:4] != twice[4:]  # one prompt twice is two draws
 
 
-def test_a_group_may_be_one_request_or_cut_over_ranks(llama: Engine) -> None:
+def test_a_group_may_be_split_over_requests(llama: Engine) -> None:
     """vLLM's n completions of a request are those of n requests with their rows."""
-    whole = llama.generate(PROMPTS, Sampling(n=4, max_tokens=12), seed=derive_seed(42, 7))
+    full_rollout = llama.generate(PROMPTS, Sampling(n=4, max_tokens=12), seed=derive_seed(42, 7))
     rows = [prompt for prompt in PROMPTS for _ in range(4)]
-    cut = [
+    partial_rollouts = [
         llama.generate(
             rows[start:end],
             Sampling(max_tokens=12),
@@ -138,10 +138,13 @@ def test_a_group_may_be_one_request_or_cut_over_ranks(llama: Engine) -> None:
         )
         for start, end in ((0, 6), (6, len(rows)))
     ]
-    assert cut[0].completion_ids + cut[1].completion_ids == whole.completion_ids
+    assert (
+        partial_rollouts[0].completion_ids + partial_rollouts[1].completion_ids
+        == full_rollout.completion_ids
+    )
 
 
-def test_more_prompt_tokens_than_one_batch_takes(llama: Engine) -> None:
+def test_prompts_may_exceed_the_token_limit_of_a_batch(llama: Engine) -> None:
     """A seeded request whose prompt is prefilled in parts ends vLLM's CPU worker."""
     prompts = [[3 + index] * 60 for index in range(12)]
     assert sum(map(len, prompts)) > (llama.options.max_num_batched_tokens or 0)
@@ -192,7 +195,7 @@ def test_generation_kwargs_and_stop_tokens(llama: Engine) -> None:
     assert len(llama.generate(PROMPTS[:1], text, seed=1).completion_ids[0]) < 9
 
 
-def test_a_request_that_vllm_gave_up_on_is_no_empty_completion() -> None:
+def test_an_aborted_request_is_an_error() -> None:
     completion = SimpleNamespace(finish_reason="error", token_ids=[], logprobs=None)
     with pytest.raises(ConfigError, match=r"aborted a completion \(error\)") as caught:
         build_rollout([[5]], [SimpleNamespace(outputs=[completion])])
@@ -209,20 +212,22 @@ def test_structured_outputs_regex(llama: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "text"),
+    ("sampling", "message"),
     [
         (Sampling(top_p=7.0), "top_p"),
         (Sampling(extra={"no_such_option": 1}), "no_such_option"),
         (Sampling(extra={"logit_bias": {"yes": 1.0}}), "yes"),
     ],
 )
-def test_options_that_vllm_refuses(llama: Engine, sampling: Sampling, text: str) -> None:
-    with pytest.raises(ConfigValueError, match=text):
+def test_options_that_vllm_rejects_are_refused(
+    llama: Engine, sampling: Sampling, message: str
+) -> None:
+    with pytest.raises(ConfigValueError, match=message):
         llama.generate(PROMPTS, sampling, seed=1)
     llama.generate(PROMPTS, Sampling(max_tokens=1), seed=1)  # and the engine lives on
 
 
-def test_prompts_that_do_not_fit(llama: Engine) -> None:
+def test_prompts_that_are_too_long_or_empty_are_refused(llama: Engine) -> None:
     with pytest.raises(ConfigValueError, match="prompt 1 has 128 tokens"):
         llama.generate([[5], [5] * 128], Sampling(), seed=1)
     with pytest.raises(ConfigValueError, match="prompt 0 has no tokens"):
@@ -239,22 +244,22 @@ def test_publish_resets_cached_prefixes(llama: Engine, policy: PeftModel) -> Non
             if "lora_" in name:
                 parameter.mul_(-1.5)
         llama.publish(policy)
-        told = llama.generate([prompt], greedy, seed=1)
-        ids = told.completion_ids[0]
+        rollout = llama.generate([prompt], greedy, seed=1)
+        ids = rollout.completion_ids[0]
         logits = policy(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-    ours = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-    assert told.logprobs is not None
-    assert torch.allclose(ours, torch.tensor(told.logprobs[0])[:, 0], atol=1e-5)
+    trainer_logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+    assert rollout.logprobs is not None
+    assert torch.allclose(trainer_logprobs, torch.tensor(rollout.logprobs[0])[:, 0], atol=1e-5)
 
 
-def test_later_publishes_write_into_the_slot_and_nothing_else(
+def test_later_publishes_only_write_into_the_slot(
     llama: Engine, policy: PeftModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA graphs have captured its addresses; nothing goes through vLLM's manager again."""
     llama.publish(policy)
     adapters = llama._adapters
     assert adapters is not None
-    places = adapters._copy_plans["default"].b_to
+    slots_before = adapters._copy_plans["default"].b_to
     with torch.no_grad(), monkeypatch.context() as patch:
         for name in ("add_adapter", "remove_adapter", "activate_adapter"):
             patch.setattr(adapters._manager, name, None)
@@ -263,17 +268,17 @@ def test_later_publishes_write_into_the_slot_and_nothing_else(
                 parameter.fill_(0.25)
         llama.publish(policy)
     plan = adapters._copy_plans["default"]
-    assert [p.data_ptr() for p in plan.b_to] == [p.data_ptr() for p in places]
+    assert [p.data_ptr() for p in plan.b_to] == [p.data_ptr() for p in slots_before]
     assert all(bool((place == 0.25).all()) for place in plan.b_to)  # alpha = r
     stacked = [
         part.data_ptr()
         for layer in adapters._manager.modules.values()
         for part in getattr(layer, "lora_b_stacked", ())
     ]
-    assert {p.untyped_storage().data_ptr() for p in places} <= set(stacked)
+    assert {p.untyped_storage().data_ptr() for p in slots_before} <= set(stacked)
 
 
-def test_a_saved_adapter_takes_the_slot_and_gives_it_back(
+def test_a_saved_adapter_uses_the_slot_temporarily(
     llama: Engine, policy: PeftModel, tmp_path: Path
 ) -> None:
     sampling = Sampling(max_tokens=6, temperature=0.0)
@@ -296,102 +301,111 @@ def test_a_saved_adapter_takes_the_slot_and_gives_it_back(
 
 
 @pytest.mark.parametrize(
-    ("settings", "text"),
+    ("settings", "message"),
     [
-        ({"r": 32, "target_modules": SEVEN}, "rank 32, but the engine supports ranks up to 16"),
+        (
+            {"r": 32, "target_modules": ALL_PROJECTIONS},
+            "rank 32, but the engine supports ranks up to 16",
+        ),
         ({"r": 8, "target_modules": ["lm_head"]}, "no LoRA slot for lm_head"),
         ({"r": 8, "target_modules": ["embed_tokens"]}, "embedding"),
-        ({"r": 8, "target_modules": SEVEN, "use_dora": True}, "DoRA"),
+        ({"r": 8, "target_modules": ALL_PROJECTIONS, "use_dora": True}, "DoRA"),
         ({"r": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "whole modules"),
     ],
 )
-def test_adapters_that_no_slot_holds(llama: Engine, settings: dict, text: str) -> None:
+def test_adapters_that_no_slot_supports_are_refused(
+    llama: Engine, settings: dict, message: str
+) -> None:
     model = shared_model(llama, check=False)
     policy = get_peft_model(model, LoraConfig(**settings), adapter_name="other")
-    with pytest.raises((ConfigValueError, UnsupportedError), match=text) as caught:
+    with pytest.raises((ConfigValueError, UnsupportedError), match=message) as caught:
         llama.publish(policy, "other")
     assert caught.value.fix or caught.value.where
     with pytest.raises(ConfigValueError, match="no adapter named 'nobody'"):
         llama.publish(policy, "nobody")
 
 
-def test_a_subset_of_layers_leaves_the_others_at_the_base(llama: Engine) -> None:
-    for policy in with_adapter(
+def test_an_adapter_on_some_layers_leaves_the_others_unchanged(llama: Engine) -> None:
+    for policy in temporary_adapter(
         llama, target_modules=["k_proj", "up_proj"], layers_to_transform=[1]
     ):
         llama.publish(policy)
-        told = llama.generate(PROMPTS[:1], Sampling(max_tokens=6), seed=1)
-        ids = told.completion_ids[0]
+        rollout = llama.generate(PROMPTS[:1], Sampling(max_tokens=6), seed=1)
+        ids = rollout.completion_ids[0]
         with torch.no_grad():
             logits = policy(torch.tensor([PROMPTS[0] + ids])).logits[0, len(PROMPTS[0]) - 1 : -1]
-        ours = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-        assert told.logprobs is not None
-        assert torch.allclose(ours, torch.tensor(told.logprobs[0])[:, 0], atol=1e-5)
+        trainer_logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert rollout.logprobs is not None
+        assert torch.allclose(trainer_logprobs, torch.tensor(rollout.logprobs[0])[:, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("place", ["forward", "logits"])
-def test_out_of_memory_costs_time_and_nothing_else(
-    llama: Engine, policy: PeftModel, monkeypatch: pytest.MonkeyPatch, place: str, caplog: Any
+@pytest.mark.parametrize("failing_part", ["forward", "logits"])
+def test_after_out_of_memory_the_rollout_is_the_same(
+    llama: Engine,
+    policy: PeftModel,
+    monkeypatch: pytest.MonkeyPatch,
+    failing_part: str,
+    caplog: Any,
 ) -> None:
     """The engine's own step raises: in the forward, or between it and sampling."""
     llama.publish(policy)
     prompts = [*PROMPTS[:2], [12] * 30]  # none fills a block: a step's tokens tell its sequences
     sampling = Sampling(n=4, max_tokens=10)
-    whole = llama.generate(prompts, sampling, seed=6)
-    refused: list[int] = []
+    expected = llama.generate(prompts, sampling, seed=6)
+    failed_sizes: list[int] = []
     steps: list[int] = []
-    name = {"forward": "forward", "logits": "compute_logits"}[place]
-    inner = getattr(llama.module, name)
+    name = {"forward": "forward", "logits": "compute_logits"}[failing_part]
+    original = getattr(llama.module, name)
 
-    def narrow(*args: Any, **kwargs: Any) -> Any:
+    def limited(*args: Any, **kwargs: Any) -> Any:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         steps.append(tokens.shape[0])
         # A step of more than five sequences, once some tokens are there already.
         if len(steps) > 3 and 5 < tokens.shape[0] <= 12:
-            refused.append(tokens.shape[0])
+            failed_sizes.append(tokens.shape[0])
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
-        return inner(*args, **kwargs)
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llama.module, name, narrow)
-        again = llama.generate(prompts, sampling, seed=6)
-        assert len(refused) >= 1
+        patch.setattr(llama.module, name, limited)
+        repeated = llama.generate(prompts, sampling, seed=6)
+        assert len(failed_sizes) >= 1
         assert "out of memory with 12 sequences. From now on at most 6 run at a time" in caplog.text
-        tried = len(refused)
-        assert again.completion_ids == whole.completion_ids
-        parts = llama.generate(prompts, sampling, seed=6)  # in parts from the start
-        assert parts.completion_ids == whole.completion_ids
-        assert len(refused) == tried
+        failures_before = len(failed_sizes)
+        assert repeated.completion_ids == expected.completion_ids
+        split_rollout = llama.generate(prompts, sampling, seed=6)  # in parts from the start
+        assert split_rollout.completion_ids == expected.completion_ids
+        assert len(failed_sizes) == failures_before
     assert llama.llm.llm_engine.get_num_unfinished_requests() == 0
-    assert again.logprobs is not None
-    assert whole.logprobs is not None
-    for mine, theirs in zip(again.logprobs, whole.logprobs, strict=True):
-        assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-5)
+    assert repeated.logprobs is not None
+    assert expected.logprobs is not None
+    for actual, expected_logprobs in zip(repeated.logprobs, expected.logprobs, strict=True):
+        assert torch.allclose(torch.tensor(actual), torch.tensor(expected_logprobs), atol=1e-5)
     llama._max_completions_per_call = None
-    assert llama.generate(prompts, sampling, seed=6) == whole
+    assert llama.generate(prompts, sampling, seed=6) == expected
     assert llama.llm.reset_prefix_cache()
 
 
-def test_an_interrupted_rollout_leaves_nothing_behind(
+def test_an_interrupted_rollout_leaves_no_requests(
     llama: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in a notebook, and the cell once more."""
     sampling = Sampling(n=4, max_tokens=10)
-    whole = llama.generate(PROMPTS, sampling, seed=6, adapter=False)
-    inner, steps = llama.module.forward, []
+    expected = llama.generate(PROMPTS, sampling, seed=6, adapter=False)
+    forward, steps = llama.module.forward, []
 
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         steps.append(1)
         if len(steps) == 5:
             raise KeyboardInterrupt
-        return inner(*args, **kwargs)
+        return forward(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(llama.module, "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             llama.generate(PROMPTS, sampling, seed=6, adapter=False)
     assert llama.llm.llm_engine.get_num_unfinished_requests() == 0
-    assert llama.generate(PROMPTS, sampling, seed=6, adapter=False) == whole
+    assert llama.generate(PROMPTS, sampling, seed=6, adapter=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -401,31 +415,31 @@ def test_an_interrupted_rollout_leaves_nothing_behind(
         ValueError("too many values to unpack"),  # no refusal: the request was taken
     ],
 )
-def test_a_dead_engine_says_so(
+def test_a_failed_engine_refuses_further_calls(
     llama: Engine, policy: PeftModel, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    inner, steps = llama.module.forward, []
+    forward, steps = llama.module.forward, []
 
-    def die(*args: Any, **kwargs: Any) -> Any:
+    def raise_error(*args: Any, **kwargs: Any) -> Any:
         steps.append(1)
         if len(steps) == 3:
             raise error
-        return inner(*args, **kwargs)
+        return forward(*args, **kwargs)
 
     llama.publish(policy)
     with monkeypatch.context() as patch:
-        patch.setattr(llama.module, "forward", die)
+        patch.setattr(llama.module, "forward", raise_error)
         with pytest.raises(NodeError, match=str(error)) as caught:
             llama.generate(PROMPTS, Sampling(max_tokens=8), seed=1)
         assert "resumes from the last checkpoint" in str(caught.value.fix)
     params = SamplingParams(max_tokens=2)
-    for use in (
+    for call in (
         lambda: llama.generate(PROMPTS, Sampling(), seed=1),
         lambda: llama.vllm_generate([{"prompt_token_ids": PROMPTS[0]}], params),
         lambda: llama.publish(policy),
         lambda: llama.lora_request(),
     ):
         with pytest.raises(NodeError, match="failed earlier"):
-            use()
+            call()
     llama._failure = None  # nothing broke but what was made to: the module's other tests go on
     drop_requests(llama.llm)

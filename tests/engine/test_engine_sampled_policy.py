@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 TOLERANCE = 1e-5  # nats, float32
-RATIO = "sampling/importance_sampling_ratio/mean"
+RATIO_METRIC = "sampling/importance_sampling_ratio/mean"
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 0.9},
@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def silence_print(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
 
 
@@ -50,86 +50,97 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]
     """(model with an engine on it, tokenizer), for all tests of the module."""
     from tiny_llama import make_tiny
 
-    model, tokenizer = training.load(make_tiny(tmp_path_factory.mktemp("sampled") / "model"))
+    model, tokenizer = training.load_with_engine(
+        make_tiny(tmp_path_factory.mktemp("sampled") / "model")
+    )
     with model.toolkit_engine:
         yield model, tokenizer
 
 
-def train(loaded: tuple[Any, Any], folder: Path, **grpo: Any) -> list[dict[str, Any]]:
-    with training.adapted(loaded[0]) as policy:
+def train_run(loaded: tuple[Any, Any], folder: Path, **grpo: Any) -> list[dict[str, Any]]:
+    with training.temporary_adapter(loaded[0]) as policy:
         values = {"max_steps": 2, "max_completion_length": 24, **grpo}
         trainer = training.make_trainer(policy, loaded[1], folder, **values)
         trainer.train()
-        return training.steps(trainer)
+        return training.logged_steps(trainer)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_gap_is_rounding(loaded, tmp_path, name) -> None:
-    rows = train(loaded, tmp_path, **OPTIONS[name])
+def test_engine_and_trainer_logprobs_differ_only_by_rounding(loaded, tmp_path, name) -> None:
+    rows = train_run(loaded, tmp_path, **OPTIONS[name])
     assert len(rows) == 2
     for row in rows:
         assert row["sampling/logp_gap_max"] < TOLERANCE
-        assert row.get(RATIO, 1.0) == pytest.approx(1, abs=1e-3)  # logged as a rollout is made
+        assert row.get(RATIO_METRIC, 1.0) == pytest.approx(
+            1, abs=1e-3
+        )  # logged as a rollout is made
         assert row["entropy"] > 0
     if "beta" in OPTIONS[name]:  # an adapter begins as the reference, whatever is dropped
         assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_truncation_leaves_the_gradient_its_size(loaded, tmp_path) -> None:
+def test_truncation_keeps_the_size_of_the_gradient(loaded, tmp_path) -> None:
     """On a nearly uniform distribution, where the kept mass of a completion goes to 0."""
-    near = {"temperature": 2.0, "learning_rate": 1e-4}
+    nearly_uniform = {"temperature": 2.0, "learning_rate": 1e-4}
     norms = {
-        name: [row["grad_norm"] for row in train(loaded, tmp_path / name, **near, **more)]
-        for name, more in {"all": {}, "top_p": {"top_p": 0.9}, "top_k": {"top_k": 10}}.items()
+        name: [
+            row["grad_norm"]
+            for row in train_run(loaded, tmp_path / name, **nearly_uniform, **options)
+        ]
+        for name, options in {"all": {}, "top_p": {"top_p": 0.9}, "top_k": {"top_k": 10}}.items()
     }
     for name in ("top_p", "top_k"):
-        for narrowed, whole in zip(norms[name], norms["all"], strict=True):
-            assert whole / 4 < narrowed < whole * 4, norms
+        for truncated, untruncated in zip(norms[name], norms["all"], strict=True):
+            assert untruncated / 4 < truncated < untruncated * 4, norms
 
 
-def test_weights_that_collapse_are_told_once(loaded, tmp_path) -> None:
+def test_collapsed_importance_weights_give_one_warning(loaded, tmp_path) -> None:
     """Two tokens out of all: each importance weight is the mass of these two."""
     kwargs = {"allowed_token_ids": [3, 4]}
-    with pytest.warns(ToolkitWarning, match="mean importance weight is") as told:
-        rows = train(loaded, tmp_path, generation_kwargs=kwargs, max_steps=3)
-    assert all(row[RATIO] < 0.1 for row in rows)
-    ours = [str(one.message) for one in told if issubclass(one.category, ToolkitWarning)]
-    assert len(ours) == 1
-    assert "Remove allowed_token_ids, which the training pass cannot apply" in ours[0]
+    with pytest.warns(ToolkitWarning, match="mean importance weight is") as caught:
+        rows = train_run(loaded, tmp_path, generation_kwargs=kwargs, max_steps=3)
+    assert all(row[RATIO_METRIC] < 0.1 for row in rows)
+    messages = [
+        str(warning.message) for warning in caught if issubclass(warning.category, ToolkitWarning)
+    ]
+    assert len(messages) == 1
+    assert "Remove allowed_token_ids, which the training pass cannot apply" in messages[0]
 
 
-def test_rollouts_without_the_adapter_are_told(loaded, tmp_path, monkeypatch) -> None:
+def test_rollouts_without_the_adapter_give_one_warning(loaded, tmp_path, monkeypatch) -> None:
     """The base in place of the policy, as in an engine that was not told of the adapter: the gap
     that is logged at every step shows it, and the run says so once.
     """
 
-    def gaps(folder: Path) -> list[float]:
-        with training.adapted(loaded[0], init_lora_weights=False) as policy:
+    def mean_gaps(folder: Path) -> list[float]:
+        with training.temporary_adapter(loaded[0], init_lora_weights=False) as policy:
             trainer = training.make_trainer(policy, loaded[1], folder, max_steps=2)
             trainer.train()
-            return [row["sampling/logp_gap_mean"] for row in training.steps(trainer)]
+            return [row["sampling/logp_gap_mean"] for row in training.logged_steps(trainer)]
 
-    assert max(gaps(tmp_path / "published")) < TOLERANCE  # a warning would be an error
+    assert max(mean_gaps(tmp_path / "published")) < TOLERANCE  # a warning would be an error
     engine = loaded[0].toolkit_engine
-    asked = engine._request
-    monkeypatch.setattr(engine, "_adapter_request", lambda _: asked(False))
-    with pytest.warns(ToolkitWarning, match="the engine may sample without the adapter") as told:
-        base = gaps(tmp_path / "base")
-    assert min(base) > 0.02 > 1000 * TOLERANCE
-    assert len([one for one in told if issubclass(one.category, ToolkitWarning)]) == 1
+    make_request = engine._adapter_request
+    monkeypatch.setattr(engine, "_adapter_request", lambda _: make_request(False))
+    with pytest.warns(ToolkitWarning, match="the engine may sample without the adapter") as caught:
+        base_gaps = mean_gaps(tmp_path / "base")
+    assert min(base_gaps) > 0.02 > 1000 * TOLERANCE
+    assert len([warning for warning in caught if issubclass(warning.category, ToolkitWarning)]) == 1
 
 
 def test_penalties_of_one_turn_are_refused_with_tools(loaded, tmp_path) -> None:
     kwargs, more = {"presence_penalty": 0.5}, {"tools": [len]}
     with (
-        training.adapted(loaded[0]) as policy,
+        training.temporary_adapter(loaded[0]) as policy,
         pytest.raises(ConfigValueError, match="presence_penalty counts the tokens of one turn"),
     ):
-        training.make_trainer(policy, loaded[1], tmp_path, more=more, generation_kwargs=kwargs)
+        training.make_trainer(
+            policy, loaded[1], tmp_path, trainer_arguments=more, generation_kwargs=kwargs
+        )
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "text"),
+    ("kwargs", "message"),
     [
         (
             {"max_new_token": 30},
@@ -141,6 +152,9 @@ def test_penalties_of_one_turn_are_refused_with_tools(loaded, tmp_path) -> None:
         ({"seed": 1}, "seed is set by the toolkit"),
     ],
 )
-def test_keywords_are_refused_before_anything_runs(loaded, tmp_path, kwargs, text) -> None:
-    with training.adapted(loaded[0]) as policy, pytest.raises(ConfigValueError, match=text):
+def test_invalid_generation_kwargs_are_refused(loaded, tmp_path, kwargs, message) -> None:
+    with (
+        training.temporary_adapter(loaded[0]) as policy,
+        pytest.raises(ConfigValueError, match=message),
+    ):
         training.make_trainer(policy, loaded[1], tmp_path, generation_kwargs=kwargs)

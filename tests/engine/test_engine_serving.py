@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # vLLM's own start, without ours around it
 ]
 PROMPTS = ["10+11=", "12+13=", "13+15=", "11+10="]
-MORE = 6
+MAX_TOKENS = 6
 
 
 def served_arguments(line: str) -> Any:
@@ -40,37 +40,37 @@ def test_plain_vllm_serves_the_exported_adapter(tmp_path: Path, monkeypatch: Any
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     world = train_world.make_run_files(tmp_path, steps=4)
     train = ("train", world, "--no-evaluate", "--set", "grpo.learning_rate=0.05")
-    done = train_world.run_toolkit(*train)
-    assert done.returncode == 0, done.stderr
+    trained = train_world.run_toolkit(*train)
+    assert trained.returncode == 0, trained.stderr
     exported = train_world.run_toolkit("export", tmp_path / "run", "--to", tmp_path / "sums")
     assert exported.returncode == 0, exported.stderr
     line = exported.stdout.splitlines()[-1].removeprefix("serve it: ")
 
-    greedily = ("--max-tokens", MORE, "--temperature", 0, "--json")
-    own = train_world.run_toolkit("generate", tmp_path / "run", *PROMPTS, *greedily)
-    assert own.returncode == 0, own.stderr
+    greedy_options = ("--max-tokens", MAX_TOKENS, "--temperature", 0, "--json")
+    generated = train_world.run_toolkit("generate", tmp_path / "run", *PROMPTS, *greedy_options)
+    assert generated.returncode == 0, generated.stderr
 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    given = served_arguments(line)
-    lora = given.lora_modules[0]
+    serve_arguments = served_arguments(line)
+    lora = serve_arguments.lora_modules[0]
     assert (lora.name, lora.path) == ("sums", str(tmp_path / "sums"))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     llm = LLM(
-        model=given.model_tag,
-        max_model_len=given.max_model_len,
-        dtype=given.dtype,
-        enable_lora=given.enable_lora,
-        max_lora_rank=given.max_lora_rank,
+        model=serve_arguments.model_tag,
+        max_model_len=serve_arguments.max_model_len,
+        dtype=serve_arguments.dtype,
+        enable_lora=serve_arguments.enable_lora,
+        max_lora_rank=serve_arguments.max_lora_rank,
         enforce_eager=True,
         block_size=32,
         max_num_seqs=8,
     )
-    greedy = SamplingParams(temperature=0, max_tokens=MORE)
+    greedy = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     request = LoRARequest(lora.name, 1, lora.path)
     with_adapter = [o.outputs[0].text for o in llm.generate(PROMPTS, greedy, lora_request=request)]
     base = [o.outputs[0].text for o in llm.generate(PROMPTS, greedy)]
     assert with_adapter != base
-    rows = [json.loads(row) for row in own.stdout.splitlines()]
+    rows = [json.loads(row) for row in generated.stdout.splitlines()]
     assert with_adapter == [row["completions"][0] for row in rows]

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 pytestmark = pytest.mark.engine
 
 
-def test_the_engine_takes_what_was_predicted(tmp_path: Path) -> None:
+def test_the_engine_uses_the_predicted_memory(tmp_path: Path) -> None:
     import torch
     from tiny_llama import make_tiny
 

@@ -48,7 +48,7 @@ def tiny_adapter(**settings: Any) -> Any:
         ({"lora_alpha": 4, "use_rslora": True}, 2.0),
     ],
 )
-def test_bfloat16_slots_take_a_float32_adapter(settings: dict, factor: float) -> None:
+def test_a_float32_adapter_is_copied_into_bfloat16_slots(settings: dict, factor: float) -> None:
     """Scaled in float32, cast once, and only the adapter's own rank of the slot is written."""
     policy = tiny_adapter(**settings)
     pairs = read_lora_pairs(policy, "default")
@@ -83,27 +83,27 @@ def test_rank_and_alpha_patterns_are_read_from_each_layer() -> None:
     ]
 
 
-def test_an_adapter_that_was_replaced_is_searched_again() -> None:
-    policy, known = tiny_adapter(lora_alpha=4), LoraLayerCache()
-    first = known.layers_of(policy, "default")
-    assert known.layers_of(policy, "default") is first
+def test_the_cache_finds_the_layers_of_a_replaced_adapter() -> None:
+    policy, cache = tiny_adapter(lora_alpha=4), LoraLayerCache()
+    first = cache.layers_of(policy, "default")
+    assert cache.layers_of(policy, "default") is first
     policy.add_adapter("other", LoraConfig(r=2, target_modules=["o_proj"]))
     policy.set_adapter("other")
     policy.delete_adapter("default")
     policy.add_adapter("default", LoraConfig(r=2, target_modules=["q_proj"]))
-    pairs = read_lora_pairs(policy, "default", known.layers_of(policy, "default"))
+    pairs = read_lora_pairs(policy, "default", cache.layers_of(policy, "default"))
     assert [(pair.module, pair.rank) for pair in pairs] == [("q_proj", 2)]
     other = tiny_adapter(lora_alpha=4)
-    modules = {id(module) for _, module in known.layers_of(other, "default")}
+    modules = {id(module) for _, module in cache.layers_of(other, "default")}
     assert modules == {id(other.base_model.model.q_proj), id(other.base_model.model.o_proj)}
 
 
-def layer(parts: int) -> SimpleNamespace:
+def fake_layer(parts: int) -> SimpleNamespace:
     return SimpleNamespace(lora_a_stacked=(None,) * parts, lora_b_stacked=(None,) * parts)
 
 
-def test_places_of_fused_and_plain_layers() -> None:
-    qkv, fused, plain = layer(3), layer(2), layer(1)
+def test_slot_locations_of_fused_and_plain_layers() -> None:
+    qkv, fused, plain = fake_layer(3), fake_layer(2), fake_layer(1)
     layers = {"model.0.qkv_proj": qkv, "model.0.gate_up_proj": fused, "model.0.o_proj": plain}
     packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_up_proj"]}
     module = SimpleNamespace()
@@ -118,8 +118,8 @@ def test_places_of_fused_and_plain_layers() -> None:
         find_slot_locations("model.1.o_proj", layers, packed, module)
 
 
-def test_names_that_vllm_skips_or_renames() -> None:
-    plain = layer(1)
+def test_skipped_and_renamed_modules() -> None:
+    plain = fake_layer(1)
     skipping = SimpleNamespace(lora_skip_prefixes=["mtp."])
     with pytest.raises(UnsupportedError, match=r"skips all modules under 'mtp\.'"):
         find_slot_locations("model.mtp.o_proj", {"model.mtp.o_proj": plain}, {}, skipping)
@@ -130,7 +130,7 @@ def test_names_that_vllm_skips_or_renames() -> None:
         orig_to_new_stacked={".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", "k")},
     )
     renaming = SimpleNamespace(hf_to_vllm_mapper=mapper)
-    qkv = layer(3)
+    qkv = fake_layer(3)
     layers = {"language_model.model.0.qkv_proj": qkv}
     packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     # Stacked names would make q and k one and the same.
@@ -170,7 +170,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> FakeAllocator:
     return fake
 
 
-def test_sleep_releases_the_kv_cache_and_nothing_else(allocator: FakeAllocator) -> None:
+def test_sleep_releases_only_the_kv_cache(allocator: FakeAllocator) -> None:
     sleep.register()
     sleep.register()
     model_config = SimpleNamespace(sleep_mode_backend=sleep.BACKEND_NAME)
@@ -194,7 +194,7 @@ def test_sleep_releases_the_kv_cache_and_nothing_else(allocator: FakeAllocator) 
     assert type(backend).preserves_communicators()
 
 
-def test_waking_first_takes_back_what_torch_keeps(
+def test_waking_first_empties_torchs_cache(
     allocator: FakeAllocator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: allocator.log.append("hand back"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from engine_training import digits, make_trainer, steps
+from engine_training import digit_reward, logged_steps, make_trainer
 from tiny_llama import make_tiny
 
 from toolkit import FastLanguageModel
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.engine
 
-RUN = """\
+RUN_FILE = """\
 model:
   model_name: {model}
   max_seq_length: 96
@@ -57,41 +57,43 @@ def make_adapter(model: Path, folder: Path) -> tuple[Path, dict[str, torch.Tenso
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def silence_print(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.print", lambda *a, **k: None)  # HF's PrinterCallback
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def started_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(policy, tokenizer, the adapter's tensors as they were saved)."""
     folder = tmp_path_factory.mktemp("start")
     model = make_tiny(folder / "model")
     adapter, tensors = make_adapter(model, folder / "adapter")
     (folder / "train.jsonl").write_text(8 * '{"prompt": "1+1="}\n')
-    (folder / "run.yaml").write_text(RUN.format(model=model, adapter=adapter))
+    (folder / "run.yaml").write_text(RUN_FILE.format(model=model, adapter=adapter))
     policy, tokenizer = load_policy(load_run(folder / "run.yaml"))
     yield policy, tokenizer, tensors
     policy.toolkit_engine.close()
 
 
-def test_the_adapter_is_there_and_the_engine_has_it(started: Any) -> None:
-    policy, _, tensors = started
-    now = adapter_tensors(policy)
-    assert now.keys() == tensors.keys()
-    assert all(torch.equal(now[name], tensors[name]) for name in tensors)
-    assert {value.shape[0] for name, value in now.items() if ".lora_A." in name} == {2, 4, 12}
-    assert not any("layers.1.self_attn.o_proj" in name for name in now)
+def test_the_adapter_is_loaded_and_published(started_run: Any) -> None:
+    policy, _, tensors = started_run
+    loaded = adapter_tensors(policy)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert {value.shape[0] for name, value in loaded.items() if ".lora_A." in name} == {2, 4, 12}
+    assert not any("layers.1.self_attn.o_proj" in name for name in loaded)
     assert {p.requires_grad for n, p in policy.named_parameters() if "lora_" in n} == {True}
     engine = policy.toolkit_engine
     assert engine.lora_request("default").lora_int_id == 1  # published as it was loaded
 
 
-def test_what_is_sampled_is_what_is_trained_with_patterns(started: Any, tmp_path: Path) -> None:
-    policy, tokenizer, tensors = started
-    trainer = make_trainer(policy, tokenizer, tmp_path, more={"reward_funcs": digits}, max_steps=3)
+def test_an_adapter_with_patterns_is_sampled_as_trained(started_run: Any, tmp_path: Path) -> None:
+    policy, tokenizer, tensors = started_run
+    trainer = make_trainer(
+        policy, tokenizer, tmp_path, trainer_arguments={"reward_funcs": digit_reward}, max_steps=3
+    )
     trainer.train()
-    rows = steps(trainer)
+    rows = logged_steps(trainer)
     assert len(rows) == 3
     assert max(row["sampling/logp_gap_max"] for row in rows) < 1e-5
-    moved = adapter_tensors(policy)
-    assert any(not torch.equal(moved[name], tensors[name]) for name in tensors)
+    trained = adapter_tensors(policy)
+    assert any(not torch.equal(trained[name], tensors[name]) for name in tensors)

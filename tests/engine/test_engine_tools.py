@@ -31,8 +31,8 @@ def test_a_run_file_with_tools_on_the_engine(tmp_path: Path, monkeypatch: Any) -
     model's, and it scores the model's as the engine did.
     """
     turns = {"max_tool_calling_iterations": 2, "max_completion_length": 40, "max_steps": 2}
-    own = {"generation_kwargs": {"max_tokens": 6}}
-    folder = world(tmp_path, grpo={**turns, **own})["folder"]
+    token_limit = {"generation_kwargs": {"max_tokens": 6}}
+    folder = world(tmp_path, grpo={**turns, **token_limit})["folder"]
     values = json.loads((folder / "run.yaml").read_text())
     values["model"] |= {"gpu_memory_utilization": 0.9, "max_num_seqs": 8}
     values["runtime"] |= {"engine": "vllm"}
@@ -40,41 +40,41 @@ def test_a_run_file_with_tools_on_the_engine(tmp_path: Path, monkeypatch: Any) -
     config = build_config(assemble(source))
 
     masks: list[tuple[Any, Any, Any]] = []
-    compute = GRPOTrainer._compute_loss
+    compute_loss = GRPOTrainer._compute_loss
 
-    def watched(self: Any, model: Any, inputs: Any) -> Any:
+    def record_masks(self: Any, model: Any, inputs: Any) -> Any:
         if model.training:
             masks.append((inputs["completion_ids"], inputs["completion_mask"], inputs["tool_mask"]))
-        return compute(self, model, inputs)
+        return compute_loss(self, model, inputs)
 
-    monkeypatch.setattr(GRPOTrainer, "_compute_loss", watched)
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", record_masks)
     monkeypatch.chdir(folder)
     out = run(config, Options(out=io.StringIO()))
 
-    def rows(name: str) -> list[dict[str, Any]]:
+    def read_rows(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
-    calls = rows("tool_calls.jsonl")
+    calls = read_rows("tool_calls.jsonl")
     assert [(row["step"], row["completion"], row["turn"]) for row in calls] == [
         (step, completion, turn) for step in (1, 2) for completion in range(4) for turn in (1, 2)
     ]
     assert all(row["result"] == str(len(row["arguments"]["text"])) for row in calls)
-    metrics = [row for row in rows("metrics.jsonl") if "tools/call_frequency" in row]
+    metrics = [row for row in read_rows("metrics.jsonl") if "tools/call_frequency" in row]
     assert [row["tools/call_frequency"] for row in metrics] == [2, 2]
     assert all(row["sampling/logp_gap_max"] < TOLERANCE for row in metrics)
 
     from tiny_llama import make_tokenizer
 
     tokenizer = make_tokenizer()
-    said = []
+    results = []
     for ids_BC, mask_BC, tool_BC in masks:
         for ids, mask, own_tokens in zip(ids_BC, mask_BC, tool_BC, strict=True):
             left_out = ids[(mask == 1) & (own_tokens == 0)]
-            said.append(re.findall(r"<t>(\d+)", tokenizer.decode(left_out)))
+            results.append(re.findall(r"<t>(\d+)", tokenizer.decode(left_out)))
     expected = [
         [row["result"] for row in calls if (row["step"], row["completion"]) == (step, completion)]
         for step in (1, 2)
         for completion in range(4)
     ]
     # TRL shuffles the rows of a batch before training.
-    assert sorted(said) == sorted(expected)
+    assert sorted(results) == sorted(expected)

@@ -38,7 +38,9 @@ MODEL_SIZES = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import engine_checkpoints
 
-    return engine_checkpoints.make(tmp_path_factory.mktemp("gpu"), "llama", **MODEL_SIZES)
+    return engine_checkpoints.make_checkpoint(
+        tmp_path_factory.mktemp("gpu"), "llama", **MODEL_SIZES
+    )
 
 
 @pytest.fixture
