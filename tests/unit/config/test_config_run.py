@@ -150,6 +150,14 @@ def test_rules_use_the_world_size(run_file: Path) -> None:
     )
 
 
+def test_the_batch_of_a_split_model_is_explained_with_replicas(run_file: Path) -> None:
+    settings = ["grpo.num_generations=8", "grpo.per_device_train_batch_size=3",
+                "model.tensor_parallel_size=2"]  # fmt: skip
+    with pytest.raises(ConfigError) as config_error:
+        load_run(run_file, settings, world_size=4)
+    assert "number of replicas 2 (world size 4 / tensor_parallel_size 2)" in str(config_error.value)
+
+
 def test_load_run_returns_the_validated_config(run_file: Path) -> None:
     validation = validate(load_document(run_file), Situation())
     assert validation.ok

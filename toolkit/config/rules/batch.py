@@ -32,10 +32,16 @@ def micro_batch_size(run: Run) -> int:
 
 
 def describe_replicas(run: Run) -> str:
-    """A text for a finding: the number of processes that train on different rows
-    (``Run.replicas``).
+    """A text for a finding: the number of replicas (``Run.replicas``), which train on different
+    rows. If a replica is one process, this is the world size.
     """
-    return f"world size {run.replicas}" + (" (default)" if run.replicas == 1 else "")
+    if run.replicas != run.world_size:
+        size = run.world_size // run.replicas
+        return (
+            f"number of replicas {run.replicas} (world size {run.world_size} / "
+            f"tensor_parallel_size {size})"
+        )
+    return f"world size {run.world_size}" + (" (default)" if run.world_size == 1 else "")
 
 
 @rule(
@@ -194,7 +200,7 @@ def batch_is_multiple_of_micro_batch(run: Run) -> Iterator[RuleViolation]:
         return
     group = run.value(GROUP_SIZE)
     common_multiple = global_micro_batch * group // gcd(global_micro_batch, group)
-    unit = "world size" if micro == "auto" else "global micro-batch"
+    unit = "number of replicas" if micro == "auto" else "global micro-batch"
     yield RuleViolation(
         GENERATION_BATCH_SIZE,
         f"{size} completions are not a multiple of the {unit} ({global_micro_batch})",

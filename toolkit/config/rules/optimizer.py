@@ -73,7 +73,7 @@ def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             OPTIM,
             f"{optim} can train in only one process",
-            notes=(f"world size {run.replicas}",),
+            notes=(f"world size {run.world_size}",),
             fixes=(run.set_fix(OPTIM, _DEFAULT_OPTIMIZER),),
         )
 
