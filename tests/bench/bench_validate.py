@@ -87,9 +87,9 @@ def run_timed(command: list[str]) -> tuple[float, float]:
 
 def find_check_jsonschema() -> str:
     """The peer's command."""
-    beside = Path(sys.executable).with_name("check-jsonschema")
+    sibling = Path(sys.executable).with_name("check-jsonschema")
     command = os.environ.get("CHECK_JSONSCHEMA") or (
-        str(beside) if beside.exists() else shutil.which("check-jsonschema")
+        str(sibling) if sibling.exists() else shutil.which("check-jsonschema")
     )
     if not command:
         raise SystemExit("check-jsonschema is not installed: pip install check-jsonschema==0.39.0")

@@ -14,9 +14,11 @@ import numpy as np
 SIMULATED_STEPS = 4000
 
 
-def sample_lengths(draw: np.random.Generator, sequences: int, mean: int, most: int) -> np.ndarray:
+def sample_lengths(
+    draw: np.random.Generator, sequences: int, mean: int, max_length: int
+) -> np.ndarray:
     """(draws, sequences) tokens."""
-    return np.minimum(draw.geometric(1 / mean, size=(SIMULATED_STEPS, sequences)), most)
+    return np.minimum(draw.geometric(1 / mean, size=(SIMULATED_STEPS, sequences)), max_length)
 
 
 def overlapped_seconds(

@@ -124,7 +124,7 @@ def test_kv_only_sleep_frees_the_cache_and_keeps_the_weights(
     with open_gpu(enable_sleep_mode=True) as engine:
         policy = model_with_adapter(engine)
         engine.publish(policy)
-        first = engine.generate([[5, 6, 7]], sampling, seed=1)
+        expected = engine.generate([[5, 6, 7]], sampling, seed=1)
         tokens = torch.arange(3, 60, device="cuda")[None]
         with torch.no_grad():
             logits = policy(tokens).logits
@@ -135,7 +135,7 @@ def test_kv_only_sleep_frees_the_cache_and_keeps_the_weights(
             with torch.no_grad():
                 assert torch.equal(policy(tokens).logits, logits)  # trains while the engine sleeps
             engine.publish(policy)
-            assert engine.generate([[5, 6, 7]], sampling, seed=1) == first  # wakes by itself
+            assert engine.generate([[5, 6, 7]], sampling, seed=1) == expected  # wakes by itself
 
 
 def test_4bit_layers_share_the_packed_weights(open_gpu: Callable[..., Engine]) -> None:
@@ -154,10 +154,13 @@ def test_4bit_layers_share_the_packed_weights(open_gpu: Callable[..., Engine]) -
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trained)
 
 
-@pytest.mark.parametrize("wanted", [True, 3 << 20])
+@pytest.mark.parametrize("dequantized_rollouts", [True, 3 << 20])
 @pytest.mark.parametrize("sleep", [False, True])
 def test_rollouts_with_16bit_copies_of_4bit_weights(
-    open_gpu: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, wanted: Any, sleep: bool
+    open_gpu: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    dequantized_rollouts: Any,
+    sleep: bool,
 ) -> None:
     """Through captured graphs: memory that is the trainer's between two rollouts, the same tokens
     after each, and a gap that is not larger than without copies; in two engines of one process.
@@ -175,19 +178,19 @@ def test_rollouts_with_16bit_copies_of_4bit_weights(
         packed, gap = engine.generate(prompts, sampling, seed=1), mean_logp_gap(engine, policy)
         del policy
     with open_gpu(
-        load_in_4bit=True, dequantized_rollouts=wanted, enable_sleep_mode=sleep
+        load_in_4bit=True, dequantized_rollouts=dequantized_rollouts, enable_sleep_mode=sleep
     ) as engine:
         copies = getattr(engine.module, COPIES_ATTRIBUTE)
         layers = len(find_4bit_layers(engine.module))
         assert (
             len(copies._packed_weights) == layers
-            if wanted is True
+            if dequantized_rollouts is True
             else 0 < len(copies._packed_weights) < layers
         )
-        assert wanted is True or copies.nbytes <= wanted
+        assert dequantized_rollouts is True or copies.nbytes <= dequantized_rollouts
         policy = model_with_adapter(engine)
         engine.publish(policy)
-        first = engine.generate(prompts, sampling, seed=1)
+        expected = engine.generate(prompts, sampling, seed=1)
         addresses = [tensor.data_ptr() for tensor in copies._copies]
         torch.cuda.empty_cache()
         awake = torch.cuda.mem_get_info()[0]
@@ -199,11 +202,11 @@ def test_rollouts_with_16bit_copies_of_4bit_weights(
             loss.backward()  # the trainer works on the packed weights meanwhile
             engine.publish(policy)
             again = engine.generate(prompts, sampling, seed=1)
-            assert again.completion_ids == first.completion_ids
+            assert again.completion_ids == expected.completion_ids
         assert [tensor.data_ptr() for tensor in copies._copies] == addresses
         assert mean_logp_gap(engine, policy) <= 1.25 * gap + 2e-3
         # Another kernel where a batch has one row, so a near tie may fall the other way.
-        pairs = zip(packed.completion_ids, first.completion_ids, strict=True)
+        pairs = zip(packed.completion_ids, expected.completion_ids, strict=True)
         assert sum(a[:4] == b[:4] for a, b in pairs) >= len(prompts) * sampling.n // 2
         total = torch.cuda.mem_get_info()[1]
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 10, total))

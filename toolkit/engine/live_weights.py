@@ -80,9 +80,9 @@ def find_rewritten(
     """
     changed = set()
     for name, tensor in parameters.items() if as_loaded else ():
-        before = as_loaded.get(name)
+        loaded = as_loaded.get(name)
         # Compare bytes, because NaN is not equal to itself.
-        if before is None or not before.view(torch.uint8).equal(
+        if loaded is None or not loaded.view(torch.uint8).equal(
             sample_values(tensor).view(torch.uint8)
         ):
             changed.add(name)

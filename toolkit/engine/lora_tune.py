@@ -195,8 +195,8 @@ def tune_card(
         )
     tuner = Tuner(torch.cuda.get_device_name(), max_seconds, report)
     table = tuner.tune(sorted(shapes))
-    before = sum(first for _, _, _, first, _ in tuner.timings)
-    return table, before, sum(last for _, _, _, _, last in tuner.timings)
+    before = sum(default for _, _, _, default, _ in tuner.timings)
+    return table, before, sum(tuned for _, _, _, _, tuned in tuner.timings)
 
 
 def default_config(op: str, shape: LayerShape, batch: int) -> dict[str, Any]:

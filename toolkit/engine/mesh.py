@@ -165,9 +165,11 @@ def create_mesh(size: int, group: Any, host_group: Any) -> Mesh:
     global _open_mesh
     processes, global_rank = distributed.get_world_size(), distributed.get_rank()
     data_parallel_group = None
-    for part in range(size):
-        new_group = distributed.new_group(list(range(part, processes, size)))
-        data_parallel_group = new_group if part == global_rank % size else data_parallel_group
+    for rank_in_group in range(size):
+        new_group = distributed.new_group(list(range(rank_in_group, processes, size)))
+        data_parallel_group = (
+            new_group if rank_in_group == global_rank % size else data_parallel_group
+        )
     _open_mesh = Mesh(
         size=size,
         rank=global_rank % size,

@@ -60,7 +60,9 @@ def solve(
         return best_candidate(config, spec, device, world_size)
 
     remedies = find_remedies(config, candidate, fit.short_bytes, attempt)
-    longest_sequence = longest_fitting_sequence(config, candidate, lambda one: attempt(one)[1])
+    longest_sequence = longest_fitting_sequence(
+        config, candidate, lambda changed_config: attempt(changed_config)[1]
+    )
     largest_micro_batch = _largest_micro_batch(candidate)
     return build_result(
         candidate,

@@ -36,15 +36,15 @@ def write_tables(folder: Path, *names: str, version: str = "0.25.1") -> Path:
 
 
 @pytest.mark.parametrize(
-    ("card", "found"),
+    ("card", "expected"),
     [(H200, "h200"), (H100, "h100"), ("NVIDIA H100 NVL", "h100"), (A100, "a100"), ("NVIDIA L4", 0)],
 )
 def test_the_table_is_chosen_by_the_name_of_the_card(
-    tmp_path: Path, card: str, found: str | int
+    tmp_path: Path, card: str, expected: str | int
 ) -> None:
     shipped = write_tables(tmp_path, "h200", "h100", "a100")
     path = lora_tables.find_table(card, shipped)
-    assert (path.stem if path else 0) == found
+    assert (path.stem if path else 0) == expected
 
 
 def test_a_card_uses_the_table_of_a_similar_card(tmp_path: Path) -> None:

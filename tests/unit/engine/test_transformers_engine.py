@@ -142,10 +142,10 @@ def test_a_completion_depends_on_its_row_and_not_on_the_call(engine: Transformer
         == full_batch.completion_ids
     )
     assert full_batch.logprobs is not None
-    for part, begin in zip(partial_rollouts, (0, 5), strict=True):
-        assert part.logprobs is not None
-        for ours, theirs in zip(part.logprobs, full_batch.logprobs[begin:], strict=False):
-            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs))
+    for partial, begin in zip(partial_rollouts, (0, 5), strict=True):
+        assert partial.logprobs is not None
+        for actual, expected in zip(partial.logprobs, full_batch.logprobs[begin:], strict=False):
+            torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected))
 
 
 def test_sampled_tokens_follow_the_probabilities() -> None:

@@ -83,8 +83,8 @@ def test_layers_that_use_another_cache_have_none(card, run):
 
 
 def test_a_multimodal_config_is_sized_by_its_language_model():
-    whole = {"model_type": "qwen3_5", "text_config": QWEN, "vision_config": {}}
-    spec = spec_from_values(whole, name="m")
+    multimodal = {"model_type": "qwen3_5", "text_config": QWEN, "vision_config": {}}
+    spec = spec_from_values(multimodal, name="m")
     assert spec.parameters == spec_from_values(QWEN, name="m").parameters
     assert any(
         "the model is sized, but training it is not supported" in note for note in spec.notes

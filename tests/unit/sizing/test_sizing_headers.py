@@ -77,9 +77,9 @@ BAD_HEADERS = {
 
 @pytest.mark.parametrize("name", BAD_HEADERS)
 def test_a_bad_header_is_refused(tmp_path, name):
-    header, more, expected = BAD_HEADERS[name]
+    header, write_options, expected = BAD_HEADERS[name]
     with pytest.raises(InputError, match=expected) as caught:
-        read_header(write_safetensors(tmp_path / "a.safetensors", header, **more))
+        read_header(write_safetensors(tmp_path / "a.safetensors", header, **write_options))
     assert "a.safetensors" in str(caught.value)
     assert caught.value.exit_code == 2
 

@@ -47,15 +47,17 @@ def test_activations_of_a_pass_computed_by_hand(spec_of, card, run):
     result = solve(run(LONG, **values), spec_of(EIGHT_B), card("h200"))
     tokens, keys = 32768, 32768 + 8 * 16384
     hidden, inner, kv, query, r = 4096, 14336, 1024, 4096, 16
-    kept = 32 * tokens * hidden * 2
+    checkpoints = 32 * tokens * hidden * 2
     norms = 2 * (2 * hidden + 4)
     inputs = 2 * (hidden + hidden + inner) + 2 * 7 * r  # q k v; gate up; down; the ranks
     attention = 2 * (query + query) + 4 * 32
     layer = tokens * (norms + inputs + attention + 2 * 2 * inner) + keys * 2 * (kv + kv)
-    moving = tokens * (2 * inner + 4 * hidden)
-    found = find_term(result, "trainer.activations")
-    assert found.nbytes == kept + layer + moving
-    assert "packs of 32,768 tokens that read 163,840 keys, checkpointing, fused" in found.source
+    temporary = tokens * (2 * inner + 4 * hidden)
+    activations = find_term(result, "trainer.activations")
+    assert activations.nbytes == checkpoints + layer + temporary
+    assert (
+        "packs of 32,768 tokens that read 163,840 keys, checkpointing, fused" in activations.source
+    )
 
 
 def test_fused_kernels_save_memory(spec_of, card, run):
@@ -84,11 +86,11 @@ def test_a_small_card_needs_more_passes(spec_of, card, run):
 
 def test_a_configured_budget_is_used_and_fits_one_sequence(spec_of, card, run):
     grpo = {**AUTO, "generation_batch_size": 64}
-    written = solve(run(grpo, pack_tokens=5000), spec_of(ONE_B), card("h200"))
-    assert written.choice.pack_tokens == 5000
-    least = solve(run(grpo, pack_tokens=10), spec_of(ONE_B), card("h200"))
-    assert least.choice.pack_tokens == 1024
-    assert least.trainer.packs.passes == 64
+    configured = solve(run(grpo, pack_tokens=5000), spec_of(ONE_B), card("h200"))
+    assert configured.choice.pack_tokens == 5000
+    too_small = solve(run(grpo, pack_tokens=10), spec_of(ONE_B), card("h200"))
+    assert too_small.choice.pack_tokens == 1024
+    assert too_small.trainer.packs.passes == 64
     rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 16}
     by_rows = solve(run(rows), spec_of(ONE_B), card("h200"))
     assert by_rows.choice.pack_tokens is None  # the rows bound it, at the width of what is sampled

@@ -50,10 +50,14 @@ def test_a_run_without_an_engine_has_no_engine_terms(spec_of, card, run):
 
 def test_two_processes_add_the_gradient_buckets(spec_of, card, run):
     config = run({"gradient_accumulation_steps": 2}, checkpointing=True)
-    one = solve(config, spec_of(ONE_B), card("h100"))
-    two = solve(config, spec_of(ONE_B), card("h100"), world_size=2)
-    adapter = term_bytes(one, "trainer.adapter")
-    assert term_bytes(two, "trainer.gradients") - term_bytes(one, "trainer.gradients") == adapter
+    one_process = solve(config, spec_of(ONE_B), card("h100"))
+    two_processes = solve(config, spec_of(ONE_B), card("h100"), world_size=2)
+    adapter = term_bytes(one_process, "trainer.adapter")
+    assert (
+        term_bytes(two_processes, "trainer.gradients")
+        - term_bytes(one_process, "trainer.gradients")
+        == adapter
+    )
 
 
 def test_resolve_reads_the_model_and_replaces_every_auto(tmp_path, all_shapes, card, run):
@@ -68,16 +72,16 @@ def test_resolve_reads_the_model_and_replaces_every_auto(tmp_path, all_shapes, c
 
 
 def test_json_has_the_agreed_names(spec_of, card, run):
-    found = solve(run(), spec_of(ONE_B), card("h100")).to_json()
-    assert found["model"]["parameters"] == 1235814400
-    assert found["model"]["weight_bytes"] == 1235814400 * 2
-    assert found["model"]["kv_bytes_per_token"] == 32768
-    assert found["engine"]["lora_bytes"] > 0
-    assert found["interval"]["min"] < found["interval"]["max"]
-    assert found["choice"]["gpu_memory_utilization"] == found["interval"]["max"]
-    assert found["choice"]["max_lora_rank"] == 16
-    assert {"term", "bytes", "source"} <= set(found["budget"][0])
-    assert all(isinstance(line["bytes"], int) and line["bytes"] >= 0 for line in found["budget"])
+    document = solve(run(), spec_of(ONE_B), card("h100")).to_json()
+    assert document["model"]["parameters"] == 1235814400
+    assert document["model"]["weight_bytes"] == 1235814400 * 2
+    assert document["model"]["kv_bytes_per_token"] == 32768
+    assert document["engine"]["lora_bytes"] > 0
+    assert document["interval"]["min"] < document["interval"]["max"]
+    assert document["choice"]["gpu_memory_utilization"] == document["interval"]["max"]
+    assert document["choice"]["max_lora_rank"] == 16
+    assert {"term", "bytes", "source"} <= set(document["budget"][0])
+    assert all(isinstance(line["bytes"], int) and line["bytes"] >= 0 for line in document["budget"])
 
 
 def test_the_error_names_the_key_of_a_bad_number(spec_of, card, run):
@@ -95,10 +99,10 @@ def test_generation_batch_and_sequences(spec_of, card, run):
 
 
 def test_the_margin_of_an_unknown_model_narrows_the_interval(spec_of, card, run):
-    known = spec_of(ONE_B)
-    unknown = replace(known, margin=0.1)
-    before = solve(run(), known, card("h100"))
-    after = solve(run(), unknown, card("h100"))
+    spec = spec_of(ONE_B)
+    spec_with_margin = replace(spec, margin=0.1)
+    before = solve(run(), spec, card("h100"))
+    after = solve(run(), spec_with_margin, card("h100"))
     assert after.interval.min > before.interval.min
     assert after.interval.max < before.interval.max
 
@@ -147,17 +151,17 @@ def test_a_slice_is_sized_by_its_own_memory(spec_of, run):
     from toolkit.gpu.snapshot import GpuSnapshot
 
     memory = {"total": 10 * GIB, "free": 9 * GIB, "used": GIB, "reserved": GIB // 8, "version": 2}
-    part = GpuSnapshot(
+    mig_slice = GpuSnapshot(
         index=0, parent=0, name=succeeded("A100 1g.10gb"), memory=succeeded(memory),
         compute_capability=succeeded([8, 0]),
     )  # fmt: skip
-    device = Device.from_snapshot(part)
+    device = Device.from_snapshot(mig_slice)
     assert (device.total_bytes, device.free_bytes) == (10 * GIB, 9 * GIB)
     assert device.cuda_total_bytes == 10 * GIB - GIB // 8
     assert solve(run(), spec_of(ONE_B), device).interval.max < 0.9
     # Without version 2 of the query nothing is said of what the driver keeps.
     del memory["reserved"]
-    empty = Device.from_snapshot(replace(part, memory=succeeded({**memory, "free": 10 * GIB})))
+    empty = Device.from_snapshot(replace(mig_slice, memory=succeeded({**memory, "free": 10 * GIB})))
     assert empty.free_bytes == empty.cuda_total_bytes < 10 * GIB
 
 

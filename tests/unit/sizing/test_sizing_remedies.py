@@ -66,32 +66,34 @@ def run_file(folder: Path, model: Path, run: tuple[int, ...], **values_of_model:
 
 def validated_config(path: Path, overrides: list[str], device: Device) -> Any:
     """The run of the file with these overrides on this card; what the rules refuse is shown."""
-    judged = validate(load_document(path, overrides), device_situation(device))
-    errors = [str(one.message) for one in judged.findings if str(one.severity) == "error"]
-    assert judged.config is not None, errors
-    return judged.config
+    validation = validate(load_document(path, overrides), device_situation(device))
+    errors = [
+        str(finding.message) for finding in validation.findings if str(finding.severity) == "error"
+    ]
+    assert validation.config is not None, errors
+    return validation.config
 
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory, all_shapes: Any, spec_of: Any) -> list[Any]:
     """Every combination that does not fit, with its result."""
-    found = []
+    infeasible = []
     for name, names in [*MODELS.items(), *QUANTIZED.items()]:
         folder = tmp_path_factory.mktemp("model")
         shape = all_shapes[name]["config"]
         (folder / "config.json").write_text(json.dumps(shape))
         longest = shape["max_position_embeddings"]
         for number, (card, run) in enumerate(product(names, RUNS)):
-            place = folder / f"run-{number}"
-            place.mkdir()
+            run_folder = folder / f"run-{number}"
+            run_folder.mkdir()
             fits = (min(run[0], longest), *run[1:])
             four_bit = {"load_in_4bit": True} if name in QUANTIZED else {}
-            path = run_file(place, folder, fits, **four_bit)
+            path = run_file(run_folder, folder, fits, **four_bit)
             device = Device.from_card(cards.find_card(card))
             result = solve(validated_config(path, [], device), spec_of(name), device)
             if not result.feasible:
-                found.append((name, card, path, device, result))
-    return found
+                infeasible.append((name, card, path, device, result))
+    return infeasible
 
 
 def test_the_first_remedy_of_60_runs_is_enough_and_accepted(
@@ -101,10 +103,10 @@ def test_the_first_remedy_of_60_runs_is_enough_and_accepted(
     for name, card, path, device, result in refused:
         first = result.remedies[0]
         assert first.enough, (name, card, [str(one) for one in result.remedies])
-        on = Device.from_card(cards.find_card(first.card)) if first.card else device
+        target_device = Device.from_card(cards.find_card(first.card)) if first.card else device
         overrides = [f"{key}={json.dumps(value)}" for key, value in first.settings]
-        config = validated_config(path, overrides, on)
-        after = solve(config, spec_of(name), on, world_size=first.world_size or 1)
+        config = validated_config(path, overrides, target_device)
+        after = solve(config, spec_of(name), target_device, world_size=first.world_size or 1)
         assert after.feasible, (name, card, str(first))
 
 
@@ -135,9 +137,9 @@ def test_a_context_that_is_too_long_is_shortened_first(spec_of: Any, card: Any, 
 
 
 def test_remedies_with_more_cards_say_so(refused: list[Any]) -> None:
-    told = [one for *_, result in refused for one in result.remedies if one.card]
-    assert told
-    assert all(one.enough and "a larger card:" in one.change for one in told)
-    two = [one for *_, result in refused for one in result.remedies if one.world_size]
-    assert all("a second card" in one.change or "cards (--" in one.change for one in two)
-    assert any("tensor_parallel_size" in one.change and one.enough for one in two)
+    larger_cards = [one for *_, result in refused for one in result.remedies if one.card]
+    assert larger_cards
+    assert all(one.enough and "a larger card:" in one.change for one in larger_cards)
+    more_cards = [one for *_, result in refused for one in result.remedies if one.world_size]
+    assert all("a second card" in one.change or "cards (--" in one.change for one in more_cards)
+    assert any("tensor_parallel_size" in one.change and one.enough for one in more_cards)

@@ -41,23 +41,25 @@ def test_the_lower_end_holds_one_sequence(spec_of, card, run):
 
 
 def test_memory_in_use_lowers_only_the_upper_end(spec_of, card, run):
-    whole = card("h100")
-    shared = replace(whole, free_bytes=whole.free_bytes - 20 * GIB)
-    before = solve(run(r=64, checkpointing=True), spec_of(EIGHT_B), whole).interval
-    after = solve(run(r=64, checkpointing=True), spec_of(EIGHT_B), shared).interval
+    free_card = card("h100")
+    used_card = replace(free_card, free_bytes=free_card.free_bytes - 20 * GIB)
+    before = solve(run(r=64, checkpointing=True), spec_of(EIGHT_B), free_card).interval
+    after = solve(run(r=64, checkpointing=True), spec_of(EIGHT_B), used_card).interval
     assert after.min == before.min
-    taken = 20 * GIB / whole.cuda_total_bytes
+    taken = 20 * GIB / free_card.cuda_total_bytes
     assert before.max - after.max == pytest.approx(taken, abs=2e-3)
 
 
 def test_sharing_saves_one_copy_of_the_weights(spec_of, card, run):
-    once = solve(run(checkpointing=True), spec_of(EIGHT_B), card("h100"))
-    twice = solve(run(checkpointing=True, share_weights=False), spec_of(EIGHT_B), card("h100"))
-    copy = term_bytes(twice, "trainer.weights")
+    shared_weights = solve(run(checkpointing=True), spec_of(EIGHT_B), card("h100"))
+    separate_weights = solve(
+        run(checkpointing=True, share_weights=False), spec_of(EIGHT_B), card("h100")
+    )
+    copy = term_bytes(separate_weights, "trainer.weights")
     assert copy == pytest.approx(8030261248 * 2, rel=1e-3)
-    assert not [line for line in once.terms if line.name == "trainer.weights"]
-    assert once.interval.max - twice.interval.max == pytest.approx(
-        copy / once.device["cuda_total_bytes"], abs=2e-3
+    assert not [line for line in shared_weights.terms if line.name == "trainer.weights"]
+    assert shared_weights.interval.max - separate_weights.interval.max == pytest.approx(
+        copy / shared_weights.device["cuda_total_bytes"], abs=2e-3
     )
 
 
@@ -136,8 +138,8 @@ def test_each_remedy_of_an_infeasible_run_frees_what_it_states(spec_of, card, ru
     by_change = {remedy.change: remedy for remedy in result.remedies}
     four_bit = by_change["load_in_4bit: true"]
     changed = replace(config, model=replace(config.model, load_in_4bit=True))
-    left = solve(changed, spec_of(EIGHT_B), card("4090")).short_bytes
-    assert four_bit.frees_bytes == result.short_bytes - left
+    still_missing = solve(changed, spec_of(EIGHT_B), card("4090")).short_bytes
+    assert four_bit.frees_bytes == result.short_bytes - still_missing
     shorter = next(change for change in by_change if change.startswith("max_completion_length"))
     assert shorter.startswith("max_completion_length 2048 -> 1024")
     with pytest.raises(ConfigError) as caught:

@@ -16,17 +16,17 @@ COMMIT = "a" * 40
 
 
 def write_safetensors(path, shapes, dtype="BF16", width=2):
-    header, at = {}, 0
+    header, offset = {}, 0
     for name, shape in shapes.items():
         count = width
         for size in shape:
             count *= size
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + count]}
-        at += count
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + count]}
+        offset += count
     raw = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
-        file.truncate(8 + len(raw) + at)
+        file.truncate(8 + len(raw) + offset)
 
 
 @pytest.fixture
@@ -164,8 +164,10 @@ def test_sizing_imports_nothing_heavy():
         "print([m for m in ('torch', 'transformers', 'vllm', 'yaml', 'pynvml', 'jsonschema')"
         " if m in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
 
 
 def test_an_unknown_weight_format_is_as_large_as_its_files(tmp_path, all_shapes, card, run):

@@ -20,26 +20,27 @@ def find_linear(spec, leaf):
 
 
 def test_each_card_holds_rows_of_some_layers_and_columns_of_others(spec_of):
-    whole = spec_of(SEVEN_B)
-    part = spec_of_one_card(whole, 2)
+    spec = spec_of(SEVEN_B)
+    card_spec = spec_of_one_card(spec, 2)
     assert (
-        find_linear(part, "q_proj").out_features == find_linear(whole, "q_proj").out_features // 2
+        find_linear(card_spec, "q_proj").out_features
+        == find_linear(spec, "q_proj").out_features // 2
     )
     assert (
-        find_linear(part, "down_proj").in_features
-        == find_linear(whole, "down_proj").in_features // 2
+        find_linear(card_spec, "down_proj").in_features
+        == find_linear(spec, "down_proj").in_features // 2
     )
-    assert find_linear(part, "down_proj").out_features == whole.hidden_size
-    assert part.blocks[0].cache.key_elements == whole.blocks[0].cache.key_elements // 2
-    assert spec_of_one_card(whole, 1) is whole
+    assert find_linear(card_spec, "down_proj").out_features == spec.hidden_size
+    assert card_spec.blocks[0].cache.key_elements == spec.blocks[0].cache.key_elements // 2
+    assert spec_of_one_card(spec, 1) is spec
 
 
 def test_several_cards_have_the_same_kv_head_if_there_are_too_few(spec_of):
-    whole = spec_of("Qwen/Qwen2.5-1.5B-Instruct")  # 2 KV heads, 12 heads
-    two, four = spec_of_one_card(whole, 2), spec_of_one_card(whole, 4)
-    assert two.blocks[0].cache.key_elements == whole.head_dim
-    assert four.blocks[0].cache.key_elements == whole.head_dim
-    assert find_linear(four, "k_proj").out_features == whole.head_dim
+    spec = spec_of("Qwen/Qwen2.5-1.5B-Instruct")  # 2 KV heads, 12 heads
+    two, four = spec_of_one_card(spec, 2), spec_of_one_card(spec, 4)
+    assert two.blocks[0].cache.key_elements == spec.head_dim
+    assert four.blocks[0].cache.key_elements == spec.head_dim
+    assert find_linear(four, "k_proj").out_features == spec.head_dim
 
 
 def test_a_model_that_cannot_be_split_is_refused(spec_of, card, run):
@@ -50,17 +51,19 @@ def test_a_model_that_cannot_be_split_is_refused(spec_of, card, run):
 
 def test_two_cards_hold_half_of_the_weights_each(spec_of, card, run):
     spec = spec_of(SEVEN_B)
-    one = solve(run(checkpointing=True), spec, card("h100"))
-    two = solve(run(checkpointing=True, tensor_parallel_size=2), spec, card("h100"), world_size=2)
-    assert term_bytes(two, "engine.weights") == pytest.approx(
-        term_bytes(one, "engine.weights") / 2, rel=0.01
+    one_card = solve(run(checkpointing=True), spec, card("h100"))
+    two_cards = solve(
+        run(checkpointing=True, tensor_parallel_size=2), spec, card("h100"), world_size=2
     )
-    assert term_bytes(two, "engine.communication") > 0
-    assert two.model.parameters == one.model.parameters
+    assert term_bytes(two_cards, "engine.weights") == pytest.approx(
+        term_bytes(one_card, "engine.weights") / 2, rel=0.01
+    )
+    assert term_bytes(two_cards, "engine.communication") > 0
+    assert two_cards.model.parameters == one_card.model.parameters
     # A of q_proj is whole on both cards, its B is not: more than half, less than all.
-    assert term_bytes(one, "trainer.adapter") / 2 < term_bytes(two, "trainer.adapter")
-    assert term_bytes(two, "trainer.adapter") < term_bytes(one, "trainer.adapter")
-    assert any("tensor_parallel_size 2" in note for note in two.model.notes)
+    assert term_bytes(one_card, "trainer.adapter") / 2 < term_bytes(two_cards, "trainer.adapter")
+    assert term_bytes(two_cards, "trainer.adapter") < term_bytes(one_card, "trainer.adapter")
+    assert any("tensor_parallel_size 2" in note for note in two_cards.model.notes)
 
 
 def test_auto_is_the_smallest_number_that_fits(spec_of, card, run):
@@ -75,11 +78,11 @@ def test_auto_is_the_smallest_number_that_fits(spec_of, card, run):
 
 def test_a_run_that_does_not_fit_is_offered_more_cards(spec_of, card, run):
     result = solve(run(checkpointing=True), spec_of(SEVEN_B), card("4080"))
-    (found,) = [one for one in result.remedies if "tensor_parallel_size" in one.change]
-    assert found.world_size == 2
-    assert found.enough
-    assert found.change.startswith("2 cards")
-    changed = run(checkpointing=True, **{k.partition(".")[2]: v for k, v in found.settings})
+    (remedy,) = [one for one in result.remedies if "tensor_parallel_size" in one.change]
+    assert remedy.world_size == 2
+    assert remedy.enough
+    assert remedy.change.startswith("2 cards")
+    changed = run(checkpointing=True, **{k.partition(".")[2]: v for k, v in remedy.settings})
     assert solve(changed, spec_of(SEVEN_B), card("4080"), world_size=2).feasible
 
 
@@ -91,11 +94,11 @@ def test_the_cards_of_the_run_are_offered_before_more_cards(spec_of, card, run):
     """Eight cards and a 70B model, and nothing written: the same batch on two groups of four."""
     spec, config = spec_of("meta-llama/Llama-3.3-70B-Instruct"), run(r=32)
     result = solve(config, spec, card("h100"), world_size=8)
-    (found,) = split_remedies(result)
-    assert "tensor_parallel_size 1 -> 4 on the 8 cards" in found.change
-    assert found.enough
-    assert found.world_size in (None, 1)
-    settings = dict(found.settings)
+    (remedy,) = split_remedies(result)
+    assert "tensor_parallel_size 1 -> 4 on the 8 cards" in remedy.change
+    assert remedy.enough
+    assert remedy.world_size in (None, 1)
+    settings = dict(remedy.settings)
     grpo = {k.partition(".")[2]: v for k, v in settings.items() if k.startswith("grpo.")}
     changed = run(grpo, r=32, tensor_parallel_size=4)
     fitting = solve(changed, spec, card("h100"), world_size=8)
@@ -109,8 +112,8 @@ def test_a_number_that_is_too_small_is_offered_a_larger_one(spec_of, card, run):
     spec = spec_of("meta-llama/Llama-3.3-70B-Instruct")
     result = solve(run(r=64, tensor_parallel_size=2), spec, card("h100"), world_size=2)
     assert not result.feasible
-    (found,) = split_remedies(result)
-    assert found.change == "4 cards (--world-size 4) with tensor_parallel_size 4"
+    (remedy,) = split_remedies(result)
+    assert remedy.change == "4 cards (--world-size 4) with tensor_parallel_size 4"
     assert not [one for one in result.remedies if "load_in_4bit" in one.change], "TP003 refuses it"
 
 
@@ -133,8 +136,8 @@ def test_a_32b_model_is_split_if_one_card_is_too_small(spec_of, card, run):
 def test_split_facts_agree_with_the_config(spec_of, all_shapes):
     config = all_shapes[SEVEN_B]["config"]
     for size in range(1, 9):
-        mine = parallel.shape_problem(split_facts(spec_of(SEVEN_B)), size)
-        assert mine == parallel.shape_problem(config, size), size
+        problem = parallel.shape_problem(split_facts(spec_of(SEVEN_B)), size)
+        assert problem == parallel.shape_problem(config, size), size
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def test_which_numbers_a_shape_can_be_split_by(size, problem):
 
 
 @pytest.mark.parametrize(
-    ("config", "size", "said"),
+    ("config", "size", "reason"),
     [
         ({"num_attention_heads": 12, "num_key_value_heads": 4}, 6, "KV heads"),
         ({"num_attention_heads": 8, "intermediate_size": 90}, 4, "intermediate_size 90"),
@@ -160,8 +163,8 @@ def test_which_numbers_a_shape_can_be_split_by(size, problem):
         ({"num_attention_heads": 9, "vocab_size": 100}, 9, "padded vocabulary 128"),
     ],
 )
-def test_the_reason_why_a_shape_cannot_be_split(config, size, said):
-    assert said in parallel.shape_problem(config, size)
+def test_the_reason_why_a_shape_cannot_be_split(config, size, reason):
+    assert reason in parallel.shape_problem(config, size)
 
 
 def test_possible_sizes_of_models_that_can_and_cannot_be_split():

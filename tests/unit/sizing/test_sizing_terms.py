@@ -58,19 +58,21 @@ def test_embeddings_and_head_stay_in_16_bits(spec_of):
 def test_latent_attention_unpacks_a_quantized_kv_b_proj(spec_of):
     """DeepSeek V3 in FP8: 61 layers x 512 x 128 heads x (128 + 128) once more, in 16 bits."""
     spec = spec_of("deepseek-ai/DeepSeek-V3")
-    more = weight_bytes(spec, "bfloat16", spec.quantization, engine=True) - weight_bytes(
+    added_bytes = weight_bytes(spec, "bfloat16", spec.quantization, engine=True) - weight_bytes(
         spec, "bfloat16", spec.quantization
     )
-    assert more == 61 * 512 * 128 * 256 * 2
-    plain = weight_bytes(spec, "bfloat16", None, engine=True)
-    assert plain == weight_bytes(spec, "bfloat16", None)  # views, no copy
+    assert added_bytes == 61 * 512 * 128 * 256 * 2
+    unquantized = weight_bytes(spec, "bfloat16", None, engine=True)
+    assert unquantized == weight_bytes(spec, "bfloat16", None)  # views, no copy
 
 
 def test_the_engine_pads_the_vocabulary(spec_of):
     spec = spec_of("ibm-granite/granite-3.3-8b-instruct")
     assert padded_vocab(49159) == 49216
-    more = weight_bytes(spec, "bfloat16", None, engine=True) - weight_bytes(spec, "bfloat16", None)
-    assert more == (49216 - 49159) * 4096 * 2
+    added_bytes = weight_bytes(spec, "bfloat16", None, engine=True) - weight_bytes(
+        spec, "bfloat16", None
+    )
+    assert added_bytes == (49216 - 49159) * 4096 * 2
 
 
 def test_skipped_modules_are_not_quantized():
@@ -125,22 +127,24 @@ def test_an_adapter_is_float32_on_a_quantized_base_too(spec_of, card, run):
 
 
 def test_graphs_are_those_that_the_engine_captures(spec_of, card, run):
-    few, many = (
+    few_sequences, many_sequences = (
         solve(run(max_num_seqs=sequences), spec_of(ONE_B), card("h100")) for sequences in (64, 1024)
     )
     counts = [len(graph_sizes(sequences, 8192)) for sequences in (64, 1024)]
     # With LoRA, each size is captured with an adapter and without one.
-    added = 2 * (counts[1] - counts[0]) * few.model.layers * GRAPH_LAYER_BYTES
-    assert many.engine.graph_bytes - few.engine.graph_bytes == added
+    added = 2 * (counts[1] - counts[0]) * few_sequences.model.layers * GRAPH_LAYER_BYTES
+    assert many_sequences.engine.graph_bytes - few_sequences.engine.graph_bytes == added
 
 
 def test_the_reference_of_the_kl_term_is_a_copy_of_the_adapter(spec_of, card, run):
-    plain, with_kl = (
-        {line.name: line.nbytes for line in solve(made, spec_of(EIGHT_B), card("h100")).terms}
-        for made in (run(), run(grpo={"beta": 0.04}))
+    without_kl, with_kl = (
+        {line.name: line.nbytes for line in solve(config, spec_of(EIGHT_B), card("h100")).terms}
+        for config in (run(), run(grpo={"beta": 0.04}))
     )
-    assert "trainer.reference" not in plain
-    assert with_kl["trainer.reference"] == with_kl["trainer.adapter"] == plain["trainer.adapter"]
+    assert "trainer.reference" not in without_kl
+    assert (
+        with_kl["trainer.reference"] == with_kl["trainer.adapter"] == without_kl["trainer.adapter"]
+    )
 
 
 def test_eager_has_no_graphs(spec_of, card, run):
@@ -165,11 +169,11 @@ def test_calibrate_reads_the_run(run_dir):
     rows = [{"step": 1, "peak_memory_bytes": peak // 2}, {"step": 2, "peak_memory_bytes": peak}]
     text = "\n".join(json.dumps(row) for row in rows) + '\n{"step": 3, "peak'
     (folder / "timings.jsonl").write_text(text)
-    found = calibrate(folder)
-    row = next(row for row in found.rows if row.term == "peak.torch")
+    calibration = calibrate(folder)
+    row = next(row for row in calibration.rows if row.term == "peak.torch")
     assert (row.predicted, row.measured, row.relative_error) == (peak, peak, 0.0)
-    assert found.has_measurements
-    assert not found.is_above_bound
+    assert calibration.has_measurements
+    assert not calibration.is_above_bound
 
 
 def test_calibrate_compares_the_memory_of_the_engine(run_dir):

@@ -74,9 +74,9 @@ def _sparse_mlp(
     hidden = fields.integer("hidden_size")
     count = fields.integer("num_experts", default=experts_default, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=512)
-    shared = fields.integer("shared_expert_intermediate_size", default=512)
+    shared_inner = fields.integer("shared_expert_intermediate_size", default=512)
     mlp = [Linear("mlp.gate", count, hidden), *experts(hidden, inner, count)]
-    mlp += gated_mlp(hidden, shared, prefix="mlp.shared_expert")
+    mlp += gated_mlp(hidden, shared_inner, prefix="mlp.shared_expert")
     mlp += [Linear("mlp.shared_expert_gate", 1, hidden)]
     return mlp, fields.integer("num_experts_per_tok", default=active_default, high=MAX_EXPERTS)
 

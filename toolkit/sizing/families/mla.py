@@ -32,7 +32,7 @@ def deepseek(fields: Fields) -> Shape:
     linears, vectors = _attention(fields, hidden, heads, (nope, rope, latent, value))
     routed = fields.integer("n_routed_experts", default=0, low=0, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=1407)
-    shared = fields.integer("n_shared_experts", default=0, low=0, high=MAX_EXPERTS)
+    shared_experts = fields.integer("n_shared_experts", default=0, low=0, high=MAX_EXPERTS)
     first_dense = fields.integer("first_k_dense_replace", default=0, low=0, high=MAX_LAYERS)
     sparse_step = fields.integer("moe_layer_freq", default=1)
     # Per token one latent vector and one rotary key are cached, for any number of heads. Values are
@@ -44,8 +44,8 @@ def deepseek(fields: Fields) -> Shape:
             mlp = gated_mlp(hidden, fields.integer("intermediate_size"))
             return Block(count=count, linears=(*linears, *mlp), vectors=vectors, cache=cache)
         mlp = [Linear("mlp.gate", routed, hidden), *experts(hidden, inner, routed)]
-        if shared:
-            mlp += gated_mlp(hidden, inner * shared, prefix="mlp.shared_experts")
+        if shared_experts:
+            mlp += gated_mlp(hidden, inner * shared_experts, prefix="mlp.shared_experts")
         return Block(
             count=count,
             linears=(*linears, *mlp),

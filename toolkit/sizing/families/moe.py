@@ -97,7 +97,7 @@ def glm4_moe(fields: Fields) -> Shape:
     bias = fields.flag("attention_bias", False)
     count = fields.integer("n_routed_experts", default=128, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=1408)
-    shared = inner * fields.integer("n_shared_experts", default=1)
+    shared_inner = inner * fields.integer("n_shared_experts", default=1)
     dense_count = fields.integer("first_k_dense_replace", default=1, low=0)
     norms = 2 * heads.head_dim if fields.flag("use_qk_norm", False) else 0
     active = fields.integer("num_experts_per_tok", default=8, high=MAX_EXPERTS)
@@ -107,7 +107,7 @@ def glm4_moe(fields: Fields) -> Shape:
             mlp = gated_mlp(heads.hidden, fields.integer("intermediate_size", default=10944))
         else:
             mlp = [Linear("mlp.gate", count, heads.hidden), *experts(heads.hidden, inner, count)]
-            mlp += gated_mlp(heads.hidden, shared, prefix="mlp.shared_experts")
+            mlp += gated_mlp(heads.hidden, shared_inner, prefix="mlp.shared_experts")
         return Block(
             count=layers,
             linears=(*attention(heads, qkv_bias=bias), *mlp),

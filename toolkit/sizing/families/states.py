@@ -172,12 +172,12 @@ def _active_experts(fields: Fields) -> int:
 def _experts(fields: Fields, hidden: int) -> tuple[list[Linear], int]:
     count = fields.integer("n_routed_experts", default=8, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=7688)
-    shared = fields.integer("moe_shared_expert_intermediate_size", default=7688)
+    shared_inner = fields.integer("moe_shared_expert_intermediate_size", default=7688)
     bias = fields.flag("mlp_bias", False)
     linears = [
         Linear("mixer.gate", count, hidden),
         *_ungated_mlp("mixer.experts", hidden, inner, False, count),
-        *_ungated_mlp("mixer.shared_experts", hidden, shared, bias),
+        *_ungated_mlp("mixer.shared_experts", hidden, shared_inner, bias),
     ]
     return linears, 0
 
