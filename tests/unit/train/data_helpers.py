@@ -16,7 +16,7 @@ TEMPLATE = (
 
 
 def make_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
-    """A token a word (and a character of what is no word), with <s> before every text."""
+    """One token per word of the vocabulary, else <unk>. Without ``chat``, texts begin with <s>."""
     words = [f"w{number}" for number in range(50)] + list(
         "abcdefghijklmnopqrstuvwxyz .,<>/0123456789"
     )

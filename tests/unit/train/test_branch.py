@@ -1,4 +1,4 @@
-"""Which checkpoints count, and what a run that goes back leaves aside."""
+"""Which checkpoints belong to a run, and what a run moves when it resumes from an earlier one."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from toolkit.train.checkpointing.branch import Branch
 from toolkit.train.report.metrics_log import LOG_FILES, Journal
 
 
-def write(run_dir, step, line=None, journal=None, **state):
-    """A checkpoint of ``step`` on branch ``line``; without one, as earlier releases wrote it."""
+def write(run_dir, step, step_branch=None, journal=None, **state):
+    """Write a checkpoint of ``step``. Without a branch, it is like one of an earlier release."""
     partial = checkpoint.begin(run_dir, step)
     positions = journal.positions() if journal is not None else {}
     described = {"positions": positions, **state}
-    if line is not None:
-        described["branch"] = line.to_json()
-    if journal is not None and line is not None:
+    if step_branch is not None:
+        described["branch"] = step_branch.to_json()
+    if journal is not None and step_branch is not None:
         described["log_sha256"] = journal.digests()
     (partial / "state.json").write_text(json.dumps(described))
     (partial / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     return checkpoint.commit(partial, step)
 
 
-def train(run_dir, found, last, tag, every=2):
-    """Steps from ``found`` to ``last``, a row each that says ``tag``, a checkpoint every two."""
-    start = rollback.begin_branch(run_dir, found)
+def train(run_dir, resume_from, last, tag, every=2):
+    """Log a row with ``tag`` per step up to ``last``, and one checkpoint per ``every`` steps."""
+    start = rollback.begin_branch(run_dir, resume_from)
     journal = Journal(run_dir, start.log_positions)
-    done = 0 if found is None else branch.read_branch(found)[1]
+    done = 0 if resume_from is None else branch.read_branch(resume_from)[1]
     for step in range(done + 1, last + 1):
         for name in LOG_FILES:
             journal.write(name, {"step": step, "tag": tag})
@@ -42,21 +42,23 @@ def train(run_dir, found, last, tag, every=2):
 
 
 def tags(folder, name="metrics.jsonl"):
-    return "".join(json.loads(line)["tag"] for line in (folder / name).read_text().splitlines())
+    return "".join(
+        json.loads(step_branch)["tag"] for step_branch in (folder / name).read_text().splitlines()
+    )
 
 
-def names(folder):
+def visible_names(folder):
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def test_going_back_leaves_the_later_branch_aside(tmp_path):
+def test_resuming_from_an_earlier_step_moves_the_later_checkpoints(tmp_path):
     train(tmp_path, None, 8, "a")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "report.html").write_text("of a")
     start = train(tmp_path, tmp_path / "checkpoint-4", 6, "b")
-    aside = tmp_path / "abandoned-1"
+    abandoned = tmp_path / "abandoned-1"
     assert start.notes == (
-        f"the checkpoints later than {tmp_path}/checkpoint-4 were moved to {aside}:"
+        f"the checkpoints later than {tmp_path}/checkpoint-4 were moved to {abandoned}:"
         " checkpoint-6, checkpoint-8",
     )
     expected = [
@@ -67,36 +69,36 @@ def test_going_back_leaves_the_later_branch_aside(tmp_path):
         *LOG_FILES,
         "report.html",
     ]
-    assert names(aside) == sorted(expected)
-    assert names(tmp_path) == sorted(
+    assert visible_names(abandoned) == sorted(expected)
+    assert visible_names(tmp_path) == sorted(
         ["abandoned-1", "checkpoint-2", "checkpoint-4", "checkpoint-6", *LOG_FILES]
     )
     for name in LOG_FILES:
-        assert (tags(tmp_path, name), tags(aside, name)) == ("aaaabb", "aaaaaaaa")
-    # The end of the branch that was left is not the end of this one.
+        assert (tags(tmp_path, name), tags(abandoned, name)) == ("aaaabb", "aaaaaaaa")
+    # The last step of the abandoned branch is not the last step of this branch.
     assert branch.resume_point(tmp_path, "auto") == (tmp_path / "checkpoint-6", [])
     train(tmp_path, tmp_path / "checkpoint-6", 8, "b")
     assert tags(tmp_path) == "aaaabbbb"
-    assert names(tmp_path).count("abandoned-2") == 0
+    assert visible_names(tmp_path).count("abandoned-2") == 0
 
 
-def test_rotation_counts_the_branch_alone(tmp_path):
+def test_rotation_counts_only_checkpoints_of_the_branch(tmp_path):
     train(tmp_path, None, 8, "a")
     train(tmp_path, tmp_path / "checkpoint-4", 8, "b")
     shutil.copytree(tmp_path / "abandoned-1" / "checkpoint-8", tmp_path / "checkpoint-80")
     shutil.copytree(tmp_path / "abandoned-1" / "checkpoint-6", tmp_path / "checkpoint-10")
     branch.rotate_checkpoints(tmp_path, [4], keep_last=1)
-    found = [name for name in names(tmp_path) if name.startswith("checkpoint-")]
+    found = [name for name in visible_names(tmp_path) if name.startswith("checkpoint-")]
     assert found == ["checkpoint-10", "checkpoint-4", "checkpoint-8", "checkpoint-80"]
-    chosen, passed = branch.resume_point(tmp_path, "auto")
+    chosen, skipped = branch.resume_point(tmp_path, "auto")
     assert chosen == tmp_path / "checkpoint-8"
-    assert [line.partition(": ")[2].partition(",")[0] for line in passed] == [
+    assert [step_branch.partition(": ")[2].partition(",")[0] for step_branch in skipped] == [
         "contains step 8",
         "contains step 6",
     ]
 
 
-def test_an_abandoned_branch_can_be_gone_back_to(tmp_path):
+def test_a_run_can_resume_from_an_abandoned_branch(tmp_path):
     train(tmp_path, None, 8, "a")
     train(tmp_path, tmp_path / "checkpoint-4", 8, "b")
     train(tmp_path, tmp_path / "abandoned-1" / "checkpoint-6", 8, "c")
@@ -106,7 +108,7 @@ def test_an_abandoned_branch_can_be_gone_back_to(tmp_path):
     assert checkpoint.find_faults(tmp_path / "abandoned-1" / "checkpoint-6") == []
 
 
-def test_a_checkpoint_of_another_folder_brings_its_logs_and_mixes_with_none(tmp_path):
+def test_resuming_from_another_run_folder_copies_its_logs(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, tag in ((one, "a"), (two, "z")):
         folder.mkdir()
@@ -115,12 +117,12 @@ def test_a_checkpoint_of_another_folder_brings_its_logs_and_mixes_with_none(tmp_
     assert tags(two) == "aabb"
     assert tags(two / "abandoned-1") == "zzzz"
     assert branch.valid_steps(two) == [4]
-    assert names(one) == sorted(["checkpoint-2", "checkpoint-4", *LOG_FILES])
+    assert visible_names(one) == sorted(["checkpoint-2", "checkpoint-4", *LOG_FILES])
     assert tags(one) == "aaaa"
 
 
 @pytest.mark.parametrize("cut", ["copied", "recorded", "one moved"])
-def test_a_rollback_that_was_killed_is_finished_by_the_next_start(tmp_path, monkeypatch, cut):
+def test_the_next_start_finishes_a_killed_rollback(tmp_path, monkeypatch, cut):
     train(tmp_path, None, 8, "a")
     (tmp_path / "adapter").mkdir()
 
@@ -135,30 +137,32 @@ def test_a_rollback_that_was_killed_is_finished_by_the_next_start(tmp_path, monk
     elif cut == "recorded":
         monkeypatch.setattr(checkpoint, "move_into", die)
     else:
-        once = checkpoint.move_into
+        move_into = checkpoint.move_into
         monkeypatch.setattr(
-            checkpoint, "move_into", lambda p, f: die() if p.name.endswith("6") else once(p, f)
+            checkpoint, "move_into", lambda p, f: die() if p.name.endswith("6") else move_into(p, f)
         )
     with pytest.raises(Killed):
         rollback.begin_branch(tmp_path, tmp_path / "checkpoint-4")
     monkeypatch.undo()
-    found, _ = branch.resume_point(tmp_path, "auto")
-    if cut == "copied":  # nothing had been settled: the branch that was
-        assert found == tmp_path / "checkpoint-8"
-        found = tmp_path / "checkpoint-4"
-    assert found == tmp_path / "checkpoint-4"
-    train(tmp_path, found, 8, "b")
+    chosen, _ = branch.resume_point(tmp_path, "auto")
+    if cut == "copied":  # the new branch was not recorded, so the old one continues
+        assert chosen == tmp_path / "checkpoint-8"
+        chosen = tmp_path / "checkpoint-4"
+    assert chosen == tmp_path / "checkpoint-4"
+    train(tmp_path, chosen, 8, "b")
     assert tags(tmp_path) == "aaaabbbb"
     assert branch.valid_steps(tmp_path) == [8, 6, 4, 2]
-    asides = sorted(tmp_path.glob("abandoned-*"))
-    assert len(asides) == (1 if cut == "copied" else 2)
-    moved = sorted(path.name for folder in asides for path in folder.glob("checkpoint-*"))
+    abandoned_folders = sorted(tmp_path.glob("abandoned-*"))
+    assert len(abandoned_folders) == (1 if cut == "copied" else 2)
+    moved = sorted(
+        path.name for folder in abandoned_folders for path in folder.glob("checkpoint-*")
+    )
     assert moved == ["checkpoint-6", "checkpoint-8"]
-    assert all(tags(folder) == "aaaaaaaa" for folder in asides)
+    assert all(tags(folder) == "aaaaaaaa" for folder in abandoned_folders)
 
 
-def foreign(run_dir):
-    """Folders that were not written here, under names of checkpoints."""
+def add_foreign_folders(run_dir):
+    """Create folders with names of checkpoints that the run did not write."""
     (run_dir / "checkpoint-99").mkdir()
     (run_dir / "checkpoint-98").mkdir()
     (run_dir / "checkpoint-98" / "notes.txt").write_text("mine")
@@ -172,39 +176,41 @@ def foreign(run_dir):
     (run_dir / "checkpoint-94" / "state.json").write_text("{")
 
 
-def test_what_was_not_written_here_changes_nothing(tmp_path):
+def test_folders_that_the_run_did_not_write_are_ignored(tmp_path):
     plain, mixed = tmp_path / "plain", tmp_path / "mixed"
     for folder in (plain, mixed):
         folder.mkdir()
         train(folder, None, 8, "a")
-    foreign(mixed)
-    strange = set(names(mixed)) - set(names(plain))
-    assert len(strange) == 10
-    found, passed = branch.resume_point(mixed, "auto")
-    assert found == mixed / "checkpoint-8"
-    # The two that hold a checkpoint's files are told; the others are nobody's.
-    assert [line.partition(":")[0] for line in passed] == [
+    add_foreign_folders(mixed)
+    foreign_names = set(visible_names(mixed)) - set(visible_names(plain))
+    assert len(foreign_names) == 10
+    chosen, skipped = branch.resume_point(mixed, "auto")
+    assert chosen == mixed / "checkpoint-8"
+    # Only the two folders with files of a checkpoint are reported.
+    assert [step_branch.partition(":")[0] for step_branch in skipped] == [
         f"{mixed}/checkpoint-95",
         f"{mixed}/checkpoint-94",
     ]
     assert branch.valid_steps(mixed) == branch.valid_steps(plain) == [8, 6, 4, 2]
     for folder in (plain, mixed):
         branch.rotate_checkpoints(folder, [], keep_last=2)
-    assert set(names(mixed)) - set(names(plain)) == strange
+    assert set(visible_names(mixed)) - set(visible_names(plain)) == foreign_names
     assert branch.valid_steps(mixed) == [8, 6]
     assert rollback.begin_branch(mixed, mixed / "checkpoint-6").notes
-    assert names(mixed / "abandoned-1") == sorted(["abandoned.json", "checkpoint-8", *LOG_FILES])
+    assert visible_names(mixed / "abandoned-1") == sorted(
+        ["abandoned.json", "checkpoint-8", *LOG_FILES]
+    )
 
 
-def test_a_folder_with_strangers_alone_begins_a_run(tmp_path):
+def test_a_run_begins_if_the_folder_has_only_foreign_folders(tmp_path):
     (tmp_path / "checkpoint-9").mkdir()
     assert branch.resume_point(tmp_path, "auto") == (None, [])
     assert branch.resume_point(tmp_path, "never") == (None, [])
 
 
-def test_checkpoints_of_another_run_alone_are_refused(tmp_path):
-    line = Branch()
-    branch.record_branch(tmp_path, line)
+def test_a_folder_with_only_checkpoints_of_another_run_is_refused(tmp_path):
+    step_branch = Branch()
+    branch.record_branch(tmp_path, step_branch)
     write(tmp_path, 4, Branch())
     with pytest.raises(
         ConfigError, match="no checkpoint in this folder is intact and belongs to this run"
@@ -213,7 +219,7 @@ def test_checkpoints_of_another_run_alone_are_refused(tmp_path):
     assert "checkpoint-4: belongs to another branch or another run" in caught.value.message
 
 
-def test_checkpoints_of_earlier_releases_go_on_and_can_be_gone_back_to(tmp_path):
+def test_a_run_resumes_from_checkpoints_of_earlier_releases(tmp_path):
     journal = Journal(tmp_path)
     for step in range(1, 9):
         journal.write("metrics.jsonl", {"step": step, "tag": "o"})
@@ -227,10 +233,12 @@ def test_checkpoints_of_earlier_releases_go_on_and_can_be_gone_back_to(tmp_path)
     assert tags(tmp_path) == "oooobb"
     assert branch.resume_point(tmp_path, "auto")[0] == tmp_path / "checkpoint-6"
     moved = ["checkpoint-10", "checkpoint-6", "checkpoint-8"]
-    assert [n for n in names(tmp_path / "abandoned-1") if n.startswith("checkpoint")] == moved
+    assert [
+        n for n in visible_names(tmp_path / "abandoned-1") if n.startswith("checkpoint")
+    ] == moved
 
 
-def test_a_log_that_is_not_the_one_is_kept_aside_and_begins_anew(tmp_path):
+def test_a_log_that_was_changed_is_moved_and_a_new_one_begins(tmp_path):
     train(tmp_path, None, 4, "a")
     text = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(text.replace("a", "x", 5))
@@ -244,20 +252,20 @@ def test_a_log_that_is_not_the_one_is_kept_aside_and_begins_anew(tmp_path):
     assert (tmp_path / "abandoned-1" / "metrics.jsonl").read_text().count("x") > 0
 
 
-def test_a_folder_whose_checkpoints_are_gone_begins_again_and_says_so(tmp_path):
+def test_without_checkpoints_the_run_begins_again_with_a_note(tmp_path):
     assert train(tmp_path, None, 4, "a").notes == ()
     (tmp_path / "bad_rewards.jsonl").write_text("of a\n")
     for step in (2, 4):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
     assert branch.resume_point(tmp_path, "auto") == (None, [])
     start = train(tmp_path, None, 2, "b")
-    aside = tmp_path / "abandoned-1"
+    abandoned = tmp_path / "abandoned-1"
     assert start.notes == (
         f"no checkpoint in {tmp_path}, which has 4 rows of metrics of an earlier start: training"
-        f" begins again at step 0, and the earlier files are moved to {aside}",
+        f" begins again at step 0, and the earlier files are moved to {abandoned}",
     )
-    assert (tags(tmp_path), tags(aside)) == ("bb", "aaaa")
-    assert (aside / "bad_rewards.jsonl").read_text() == "of a\n"
+    assert (tags(tmp_path), tags(abandoned)) == ("bb", "aaaa")
+    assert (abandoned / "bad_rewards.jsonl").read_text() == "of a\n"
     assert not (tmp_path / "bad_rewards.jsonl").exists()
 
 
@@ -267,7 +275,7 @@ def test_samples_of_bad_rewards_stay_with_their_branch(tmp_path):
     rollback.begin_branch(tmp_path, tmp_path / "checkpoint-2", bad_rewards_bytes=5)
     assert (tmp_path / "abandoned-1" / "bad_rewards.jsonl").read_text() == "of a\n"
     assert (tmp_path / "bad_rewards.jsonl").read_text() == "of b\n"
-    # What was saved by this process alone is no trace of another branch.
+    # A file with rows of only this process is not the file of another branch.
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "bad_rewards.jsonl").write_text("of b\n")
     assert rollback.begin_branch(tmp_path / "new", None, bad_rewards_bytes=0).notes == ()

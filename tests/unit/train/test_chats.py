@@ -23,7 +23,7 @@ def config(**dataset: Any) -> RunConfig:
     return RunConfig(model=ModelSection(model_name="m"), dataset=DatasetSection(**dataset))
 
 
-def checkpoint(folder: Path, then: dict[str, Any], completion: dict[str, Any] | None) -> Path:
+def write_checkpoint(folder: Path, then: dict[str, Any], completion: dict[str, Any] | None) -> Path:
     found = folder / "checkpoint-1"
     found.mkdir()
     (found / "state.json").write_text(json.dumps({"run": then}))
@@ -44,10 +44,10 @@ def checkpoint(folder: Path, then: dict[str, Any], completion: dict[str, Any] | 
         ({"dataset.system": "s"}, None, "auto"),  # what auto means today
     ],
 )
-def test_a_checkpoint_is_resumed_in_its_format(
+def test_a_run_resumes_with_the_chat_format_of_its_checkpoint(
     tmp_path: Path, then: dict[str, Any], completion: dict[str, Any] | None, kept: bool | str
 ) -> None:
-    found = checkpoint(tmp_path, then, completion)
+    found = write_checkpoint(tmp_path, then, completion)
     assert chat_record.with_recorded(config(), found).dataset.chat == kept
     assert chat_record.with_chat_key(then, found)[chat_record.CHAT_KEY] == (
         None if kept == "auto" else kept
@@ -57,20 +57,20 @@ def test_a_checkpoint_is_resumed_in_its_format(
     )  # what is written stays
 
 
-def resolve(made: RunConfig, template: bool | None) -> RunConfig:
-    return resolve_run(made, Situation(), has_template=template).config
+def resolve_config(given_config: RunConfig, template: bool | None) -> RunConfig:
+    return resolve_run(given_config, Situation(), has_template=template).config
 
 
-def test_what_is_recorded_is_the_resolved_format() -> None:
-    resolved = resolve(config(), True)
+def test_the_resolved_chat_format_is_recorded() -> None:
+    resolved = resolve_config(config(), True)
     assert resolved.dataset.chat is True
     assert chat_record.config_to_record(config(), resolved).dataset.chat is True
-    assert resolve(config(), None).dataset.chat == "auto"
-    assert resolve(config(), False).dataset.chat is False
-    assert resolve(config(chat=False), True).dataset.chat is False
+    assert resolve_config(config(), None).dataset.chat == "auto"
+    assert resolve_config(config(), False).dataset.chat is False
+    assert resolve_config(config(chat=False), True).dataset.chat is False
 
 
 def test_chats_without_a_template_are_refused() -> None:
     text = "the tokenizer of m has no chat template, but dataset.chat is true"
     with pytest.raises(ConfigError, match=text):
-        resolve(replace(config(chat=True)), False)
+        resolve_config(replace(config(chat=True)), False)

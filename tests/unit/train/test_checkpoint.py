@@ -20,7 +20,7 @@ def write(run_dir, step):
     return checkpoint.commit(partial, step)
 
 
-def test_a_written_checkpoint_is_sound_and_nothing_lies_beside_it(tmp_path):
+def test_a_written_checkpoint_is_intact_and_alone_in_its_folder(tmp_path):
     folder = write(tmp_path, 10)
     assert folder == tmp_path / "checkpoint-10"
     assert checkpoint.find_faults(folder) == []
@@ -28,7 +28,7 @@ def test_a_written_checkpoint_is_sound_and_nothing_lies_beside_it(tmp_path):
     assert {path.name for path in folder.iterdir()} == {*FILES, checkpoint.CHECKSUMS_FILE}
 
 
-def damages(content: bytes):
+def damaged_versions(content: bytes):
     yield "truncated", content[:-1]
     yield "zeroed", bytes(len(content))
     middle = len(content) // 2
@@ -36,29 +36,29 @@ def damages(content: bytes):
     yield "longer", content + b" "
 
 
-def test_every_damage_to_every_file_is_named_and_the_one_before_is_used(tmp_path):
-    before = write(tmp_path, 10)
+def test_a_damaged_file_is_named_and_the_previous_checkpoint_is_used(tmp_path):
+    previous = write(tmp_path, 10)
     folder = write(tmp_path, 20)
     for file in sorted(folder.iterdir()):
         content = file.read_bytes()
         if not content:
             continue
-        for kind, damaged in damages(content):
+        for kind, damaged in damaged_versions(content):
             file.write_bytes(damaged)
             assert checkpoint.find_faults(folder), (file.name, kind)
-            found, passed = branch.latest_checkpoint(tmp_path)
-            assert found == before, (file.name, kind)
-            assert len(passed) == 1
-            # A digit that flips in a checksum makes the file that it is of the suspect.
-            named = file.name in passed[0] or file.name == checkpoint.CHECKSUMS_FILE
-            assert named, (file.name, kind)
+            latest, skipped = branch.latest_checkpoint(tmp_path)
+            assert latest == previous, (file.name, kind)
+            assert len(skipped) == 1
+            # A flipped digit in a checksum is reported as a fault of the file with this checksum.
+            is_named = file.name in skipped[0] or file.name == checkpoint.CHECKSUMS_FILE
+            assert is_named, (file.name, kind)
         file.unlink()
         assert any(file.name in fault for fault in checkpoint.find_faults(folder)), file.name
         file.write_bytes(content)
     assert checkpoint.find_faults(folder) == []
 
 
-def test_every_bit_of_the_checksums_counts(tmp_path):
+def test_a_flipped_bit_in_the_checksums_is_detected(tmp_path):
     file = write(tmp_path, 1) / checkpoint.CHECKSUMS_FILE
     content = file.read_bytes()
     for position in range(0, len(content), 7):
@@ -69,17 +69,17 @@ def test_every_bit_of_the_checksums_counts(tmp_path):
             assert checkpoint.find_faults(file.parent), (position, bit)
 
 
-def test_a_name_in_the_checksums_may_not_lead_outside(tmp_path):
+def test_a_path_in_the_checksums_outside_the_folder_is_a_fault(tmp_path):
     folder = write(tmp_path, 1)
     (tmp_path / "outside").write_bytes(b"x")
-    listed = json.loads((folder / checkpoint.CHECKSUMS_FILE).read_text())
-    listed["files"]["../outside"] = {"bytes": 1, "sha256": "0" * 64}
-    text = json.dumps(listed, indent=1, sort_keys=True) + "\n"
+    checksums = json.loads((folder / checkpoint.CHECKSUMS_FILE).read_text())
+    checksums["files"]["../outside"] = {"bytes": 1, "sha256": "0" * 64}
+    text = json.dumps(checksums, indent=1, sort_keys=True) + "\n"
     (folder / checkpoint.CHECKSUMS_FILE).write_text(text)
     assert "points outside" in checkpoint.find_faults(folder)[0]
 
 
-def test_a_writer_that_died_leaves_nothing_that_counts(tmp_path):
+def test_a_partial_checkpoint_is_ignored_and_later_removed(tmp_path):
     write(tmp_path, 10)
     partial = checkpoint.begin(tmp_path, 20)
     (partial / "half").write_bytes(b"x")
@@ -88,8 +88,8 @@ def test_a_writer_that_died_leaves_nothing_that_counts(tmp_path):
     assert not partial.exists()
 
 
-def test_writing_a_step_again_sets_aside_what_lies_there(tmp_path):
-    """It may be torn, or another's: it is never removed."""
+def test_writing_a_step_again_moves_the_existing_folder(tmp_path):
+    """The existing folder may be damaged or foreign, and is never removed."""
     folder = write(tmp_path, 10)
     (folder / "a.json").write_bytes(b"torn")
     write(tmp_path, 10)
@@ -107,7 +107,7 @@ def test_writing_a_step_again_sets_aside_what_lies_there(tmp_path):
     assert [path.name for path in first.iterdir()] == ["checkpoint-10"]
 
 
-def test_rotate_keeps_the_latest_and_the_named(tmp_path):
+def test_rotation_keeps_the_latest_and_the_listed_steps(tmp_path):
     for step in (1, 2, 9, 10, 11):
         write(tmp_path, step)
     branch.rotate_checkpoints(tmp_path, [2], keep_last=2)
@@ -116,14 +116,14 @@ def test_rotate_keeps_the_latest_and_the_named(tmp_path):
     assert checkpoint.list_steps(tmp_path) == [11, 10, 2]
 
 
-def test_what_resume_chooses(tmp_path):
+def test_resume_selects_the_checkpoint(tmp_path):
     assert branch.resume_point(tmp_path, "auto") == (None, [])
     assert branch.resume_point(tmp_path, "never") == (None, [])
     with pytest.raises(ConfigError, match="there is no checkpoint to resume from"):
         branch.resume_point(tmp_path, "must")
     folder = write(tmp_path, 3)
-    for asked in ("auto", "must", str(folder)):
-        assert branch.resume_point(tmp_path, asked) == (folder, [])
+    for resume in ("auto", "must", str(folder)):
+        assert branch.resume_point(tmp_path, resume) == (folder, [])
     with pytest.raises(ConfigError, match=r"never, but the folder contains a run"):
         branch.resume_point(tmp_path, "never")
     with pytest.raises(InputError, match="the checkpoint does not exist"):
@@ -136,7 +136,7 @@ def test_what_resume_chooses(tmp_path):
     assert "a.json is missing" in refused.value.message
 
 
-def test_what_is_no_file_of_its_own_is_never_waited_for_or_followed(tmp_path):
+def test_links_and_pipes_in_a_checkpoint_are_faults(tmp_path):
     folder = write(tmp_path / "run", 10)
     outside = tmp_path / "outside"
     (folder / "a.json").rename(outside)
@@ -160,7 +160,7 @@ def test_what_is_no_file_of_its_own_is_never_waited_for_or_followed(tmp_path):
         '{"format": 1, "files": {"a\\u0000": {}}}',
     ],
 )
-def test_checksums_of_any_content_are_judged(tmp_path, text):
+def test_checksums_with_invalid_content_are_a_fault(tmp_path, text):
     folder = write(tmp_path, 10)
     if text.startswith("{"):
         text = checkpoint._checksums_text(json.loads(text)["files"])

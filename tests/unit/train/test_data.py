@@ -67,7 +67,7 @@ def test_chats_and_a_system_prompt(tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_text_becomes_a_user_message_where_there_is_a_template(tmp_path: Path) -> None:
+def test_a_text_becomes_a_user_message_with_a_chat_template(tmp_path: Path) -> None:
     path = write(tmp_path, [{"q": "w1", "a": 0}])
     chat = make_tokenizer(chat=True)
     asked = load(path, chat)
@@ -97,13 +97,13 @@ def test_the_held_out_split_has_the_same_format(tmp_path: Path) -> None:
     assert data.eval["prompt"][0] == [user("w1")]
 
 
-def test_chats_cannot_be_plain(tmp_path: Path) -> None:
+def test_chats_with_chat_false_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, [{"q": [user("w1")], "a": 0}])
     with pytest.raises(ConfigError, match=r"'q' contains lists of chat messages, but dataset"):
         load(path, make_tokenizer(chat=True), chat=False)
 
 
-def test_the_template_is_part_of_the_length(tmp_path: Path) -> None:
+def test_tokens_of_the_chat_template_count_toward_the_length(tmp_path: Path) -> None:
     path = write(tmp_path, [{"q": "w1 w2 w3", "a": 0}])
     chat = make_tokenizer(chat=True)
     assert load(path, chat, limit=6).report.train.truncated == 0  # <user> 3 </s> <assistant>
@@ -138,7 +138,7 @@ def test_a_saved_folder_with_and_without_splits(tmp_path: Path) -> None:
         load(two, eval_split="dev")
 
 
-def test_a_saved_folder_cannot_lead_outside(tmp_path: Path) -> None:
+def test_a_path_outside_a_saved_folder_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"q": "w1", "a": 1}]).save_to_disk(tmp_path / "d")
     state = tmp_path / "d" / "state.json"
     content = json.loads(state.read_text())
@@ -162,7 +162,7 @@ def test_a_saved_folder_cannot_lead_outside(tmp_path: Path) -> None:
         (lambda folder: (folder / "state.json").unlink(), ConfigError),
     ],
 )
-def test_a_damaged_folder(tmp_path: Path, damage, error) -> None:
+def test_a_damaged_saved_folder_is_an_error(tmp_path: Path, damage, error) -> None:
     datasets.Dataset.from_list([{"q": "w1", "a": 1}]).save_to_disk(tmp_path / "d")
     damage(tmp_path / "d")
     with pytest.raises(error, match=str(tmp_path / "d")):
@@ -182,7 +182,9 @@ def test_a_damaged_folder(tmp_path: Path, damage, error) -> None:
         ({"path": None}, "the run file names no data set, so there are no prompts to train on"),
     ],
 )
-def test_refused_sections(tmp_path: Path, section: dict[str, Any], message: str) -> None:
+def test_invalid_dataset_sections_are_refused(
+    tmp_path: Path, section: dict[str, Any], message: str
+) -> None:
     path = write(tmp_path, [{"q": "w1", "a": 1}])
     with pytest.raises(ConfigError, match=message):
         load(**{"path": path, **section})
@@ -192,20 +194,22 @@ def test_refused_sections(tmp_path: Path, section: dict[str, Any], message: str)
     ("rows", "message"),
     [([], "the dataset is empty"), ([{"q": "", "a": 1}], "no row has a prompt in the column 'q'")],
 )
-def test_nothing_to_train_on(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+def test_data_without_prompts_is_refused(
+    tmp_path: Path, rows: list[dict[str, Any]], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         load(write(tmp_path, rows))
 
 
 @pytest.mark.parametrize("key", ["path", "eval_path"])
-def test_a_missing_file_is_told_with_its_key(tmp_path: Path, key: str) -> None:
+def test_the_error_for_a_missing_file_names_the_key(tmp_path: Path, key: str) -> None:
     there = {"path": write(tmp_path, [{"q": "w1", "a": 0}])}
     with pytest.raises(InputError, match="the file does not exist") as told:
         load(**there | {key: str(tmp_path / "missing.jsonl")})
     assert told.value.where == f"dataset.{key}: {tmp_path}/missing.jsonl"
 
 
-def test_columns_that_must_give_way_are_told(tmp_path: Path) -> None:
+def test_columns_that_are_left_out_are_reported(tmp_path: Path) -> None:
     rows = [{"q": "w1", "prompt": "other", "answer": "old", "a": 1, "completions": 5}]
     data = load(write(tmp_path, rows))
     assert data.train.to_list() == [{"q": "w1", "a": 1, "prompt": "w1", "answer": 1}]
@@ -217,7 +221,7 @@ def test_columns_that_must_give_way_are_told(tmp_path: Path) -> None:
     )
 
 
-def test_prompts_that_the_tokenizer_has_no_tokens_for_are_noted(tmp_path: Path) -> None:
+def test_prompts_with_many_unknown_tokens_are_reported(tmp_path: Path) -> None:
     rows = [{"q": "Ada has 5 pens", "a": 1}, {"q": "12+30=", "a": 42}]
     data = load(write(tmp_path, rows), demo.make_tokenizer())
     assert data.report.train.notes == (
@@ -227,14 +231,14 @@ def test_prompts_that_the_tokenizer_has_no_tokens_for_are_noted(tmp_path: Path) 
     assert load(write(tmp_path, rows[1:]), demo.make_tokenizer()).report.train.notes == ()
 
 
-def test_the_usual_names(tmp_path: Path) -> None:
+def test_the_usual_column_names(tmp_path: Path) -> None:
     path = write(tmp_path, [{"prompt": "w1", "answer": "5"}])
     data = load_data(DatasetSection(path=path, answer="answer"), make_tokenizer())
     assert data.train.to_list() == [{"prompt": "w1", "answer": "5"}]
     assert data.report.train.notes == ()
 
 
-def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_without_a_network_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
@@ -256,7 +260,9 @@ def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer", 1),
     ],
 )
-def test_what_the_hub_can_say(monkeypatch, error: Exception, message: str, code: int) -> None:
+def test_errors_of_the_hub_become_user_errors(
+    monkeypatch, error: Exception, message: str, code: int
+) -> None:
     def load_dataset(*_: Any, **__: Any) -> None:
         raise error
 

@@ -36,7 +36,7 @@ def load(path: Path, *, chat: bool = False, limit: int | None = None, **section:
     return load_data(chosen, make_tokenizer(chat=chat), max_prompt_length=limit)
 
 
-def problem(path: Path) -> str | None:
+def validation_problem(path: Path) -> str | None:
     """What validate says of a data file."""
     _read.cache_clear()
     return _read(path, DataSelection("q", "a"), "train", (0, 0)).problem
@@ -51,25 +51,25 @@ def test_gzip_is_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"d{suffix}"
     path.write_bytes(gzip.compress(content.get(suffix, b"q,a\nw1,1\n")))
     assert load(path).train.to_list() == [{"q": "w1", "a": "1", "prompt": "w1", "answer": "1"}]
-    assert problem(path) is None
+    assert validation_problem(path) is None
 
 
 @pytest.mark.parametrize(
     ("suffix", "tool"), [(".zst", "zstd -d"), (".xz", "unxz"), (".bz2", "bun")]
 )
-def test_other_packers_are_refused_by_both(tmp_path: Path, suffix: str, tool: str) -> None:
+def test_other_compression_formats_are_refused(tmp_path: Path, suffix: str, tool: str) -> None:
     path = tmp_path / f"d.jsonl{suffix}"
     path.write_bytes(b"x")
     with pytest.raises(ConfigError, match=f"not a supported type of data file[\\s\\S]*{tool}"):
         read_data_file(path)
-    assert "is not a supported type of data file" in str(problem(path))
+    assert "is not a supported type of data file" in str(validation_problem(path))
 
 
 @pytest.mark.parametrize(
     ("byte", "message"),
     [(b"\n", "lines are blank"), (b"0", "unpacks to")],
 )
-def test_a_bomb_of_gzip_is_refused_in_time(tmp_path: Path, byte: bytes, message: str) -> None:
+def test_a_gzip_bomb_is_refused_quickly(tmp_path: Path, byte: bytes, message: str) -> None:
     path = tmp_path / "d.jsonl.gz"
     with gzip.open(path, "wb", compresslevel=6) as file:
         for _ in range(20):
@@ -80,27 +80,27 @@ def test_a_bomb_of_gzip_is_refused_in_time(tmp_path: Path, byte: bytes, message:
     assert time.process_time() - begin < 5
 
 
-def test_a_torn_gzip_is_told_by_both(tmp_path: Path) -> None:
+def test_a_truncated_gzip_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl.gz"
     path.write_bytes(gzip.compress(lines([{"q": "w1", "a": 1}]))[:-6])
     with pytest.raises(InputError, match="cannot be unpacked"):
         read_data_file(path)
-    assert "cannot be unpacked" in str(problem(path))
+    assert "cannot be unpacked" in str(validation_problem(path))
 
 
 # --- what cannot be text, and names
 
 
 @pytest.mark.parametrize("row", ['{"\\ud800": 1}', '{"q": {"\\ud800": 1}}', '{"q": ["\\ud800"]}'])
-def test_half_a_character_is_told_by_both(tmp_path: Path, row: str) -> None:
+def test_a_lone_surrogate_is_reported(tmp_path: Path, row: str) -> None:
     (tmp_path / "d.jsonl").write_text(f'{{"q": {{}}}}\n{row}\n')
     with pytest.raises(InputError, match="half of a character") as caught:
         read_data_file(tmp_path / "d.jsonl")
     assert caught.value.where == f"{tmp_path}/d.jsonl:2"
-    assert "half of a character" in str(problem(tmp_path / "d.jsonl"))
+    assert "half of a character" in str(validation_problem(tmp_path / "d.jsonl"))
 
 
-def test_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
+def test_parquet_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     raw = pa.array([b"w1", b"\xff\xfe"])
     broken = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
     parquet.write_table(pa.table({"q": broken}), tmp_path / "d.parquet")
@@ -109,12 +109,12 @@ def test_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
+def test_parquet_with_duplicate_columns_is_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["q", "q"])
     parquet.write_table(table, tmp_path / "d.parquet")
     with pytest.raises(InputError, match="two columns have the same name, 'q'"):
         read_data_file(tmp_path / "d.parquet")
-    assert problem(tmp_path / "d.parquet") == "two columns have the same name, 'q'"
+    assert validation_problem(tmp_path / "d.parquet") == "two columns have the same name, 'q'"
 
 
 def test_parquet_with_a_map(tmp_path: Path) -> None:
@@ -127,13 +127,13 @@ def test_parquet_with_a_map(tmp_path: Path) -> None:
     assert rows[1]["m"] is None
 
 
-def test_more_columns_than_a_data_set_has(tmp_path: Path) -> None:
+def test_too_many_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(lines([{f"c{i}": 1} for i in range(3000)]))
     begin = time.monotonic()
     with pytest.raises(InputError, match="has more than 2000 columns"):
         read_data_file(tmp_path / "d.jsonl")
     assert time.monotonic() - begin < 5
-    assert problem(tmp_path / "d.jsonl") == "has more than 2000 columns"
+    assert validation_problem(tmp_path / "d.jsonl") == "has more than 2000 columns"
 
 
 @pytest.mark.parametrize("name", ["self", "class", "lambda", "None", "my column", "x-y"])
@@ -156,14 +156,14 @@ def test_a_column_of_any_name_reaches_a_reward(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["image", "images", "completion", "log_extra"])
-def test_a_column_that_means_something_else_is_left_out(tmp_path: Path, name: str) -> None:
+def test_a_column_with_a_name_of_the_trainer_is_left_out(tmp_path: Path, name: str) -> None:
     (tmp_path / "d.jsonl").write_bytes(lines([{"q": "w1", "a": "1", name: "given"}]))
     data = load(tmp_path / "d.jsonl")
     assert data.train.column_names == ["q", "a", "prompt", "answer"]
     assert f"the column {name!r} is left out: " in data.report.train.lines()[1]
 
 
-def test_a_prompt_in_such_a_column_is_used(tmp_path: Path) -> None:
+def test_a_prompt_column_with_a_name_of_the_trainer_is_used(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(lines([{"images": "w1", "a": "1"}]))
     data = load(tmp_path / "d.jsonl", prompt="images")
     assert data.train.to_list() == [{"a": "1", "prompt": "w1", "answer": "1"}]
@@ -189,7 +189,7 @@ def test_null_answers_are_counted_and_never_compared(tmp_path: Path) -> None:
         ]
 
 
-def test_nan_is_no_answer(tmp_path: Path) -> None:
+def test_nan_counts_as_a_missing_answer(tmp_path: Path) -> None:
     table = pa.table({"q": ["w1", "w2"], "a": [1.0, float("nan")]})
     parquet.write_table(table, tmp_path / "d.parquet")
     data = load(tmp_path / "d.parquet")
@@ -215,7 +215,7 @@ def test_chats_in_json_text_are_read(tmp_path: Path) -> None:
     assert "they were read as chats" in data.report.train.lines()[1]
 
 
-def test_some_chats_in_json_text_are_told(tmp_path: Path) -> None:
+def test_a_mix_of_texts_and_json_chats_is_reported(tmp_path: Path) -> None:
     texts = [json.dumps([user("w1")]), "w2"]
     (tmp_path / "d.jsonl").write_bytes(lines([{"q": text, "a": 1} for text in texts]))
     data = load(tmp_path / "d.jsonl")
@@ -223,7 +223,7 @@ def test_some_chats_in_json_text_are_told(tmp_path: Path) -> None:
     assert "1 of 2 prompts are chats written as JSON text" in data.report.train.lines()[1]
 
 
-def test_arrows_nulls_are_no_part_of_a_chat(tmp_path: Path) -> None:
+def test_nulls_that_arrow_adds_are_removed_from_chats(tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     chats = [
         [user("w1")],
@@ -242,7 +242,7 @@ def test_arrows_nulls_are_no_part_of_a_chat(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_prompt_of_megabytes_is_cut_first(tmp_path: Path, chat: bool) -> None:
+def test_a_prompt_of_megabytes_is_shortened_before_tokenizing(tmp_path: Path, chat: bool) -> None:
     text = "w1 " * (5 << 20) + "w2 w3"
     (tmp_path / "d.jsonl").write_bytes(lines([{"q": [user(text)] if chat else text, "a": 1}]))
     begin = time.process_time()
@@ -253,18 +253,18 @@ def test_a_prompt_of_megabytes_is_cut_first(tmp_path: Path, chat: bool) -> None:
     assert data.report.train.truncated == 1
 
 
-def test_validate_is_silent_about_a_file_with_one_huge_row(tmp_path: Path) -> None:
+def test_validate_accepts_a_file_with_one_huge_row(tmp_path: Path) -> None:
     for name in ("d.jsonl", "d.json"):
         rows = [{"q": "w" * (5 << 20), "a": 1}]
         (tmp_path / name).write_text(json.dumps(rows if name == "d.json" else rows[0]))
-        assert problem(tmp_path / name) is None
+        assert validation_problem(tmp_path / name) is None
 
 
 # --- files that change while the run is on
 
 
 @pytest.mark.parametrize("kind", ["arrow", "saved", "parquet"])
-def test_nothing_stays_mapped(tmp_path: Path, kind: str) -> None:
+def test_no_data_file_stays_memory_mapped(tmp_path: Path, kind: str) -> None:
     rows = [{"q": f"w{i}", "a": i} for i in range(50)]
     if kind == "saved":
         path = tmp_path / "saved"

@@ -25,7 +25,7 @@ from toolkit.train.data import prompt_format
         ([[user("x"), {"role": "assistant", "content": "y"}]], "nothing to answer"),
     ],
 )
-def test_bad_prompts_name_the_row(prompts: list[Any], message: str) -> None:
+def test_the_error_for_an_invalid_prompt_names_the_row(prompts: list[Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"data row .*column 'q' .*{message}"):
         prompt_format.check_prompts(prompts, "q", lambda index: f"data row {index + 1}")
 
@@ -39,7 +39,7 @@ def test_bad_prompts_name_the_row(prompts: list[Any], message: str) -> None:
         ([[user([{"text": "a"}])]], True),
     ],
 )
-def test_good_prompts(prompts: list[Any], is_chat: bool) -> None:
+def test_valid_prompts_are_accepted(prompts: list[Any], is_chat: bool) -> None:
     assert prompt_format.check_prompts(prompts, "q", str) is is_chat
 
 
@@ -77,7 +77,7 @@ def test_tokens_are_counted_with_the_arguments_of_the_template() -> None:
     assert [len(row) for row in ids] == [longer - 1, longer]
 
 
-def test_a_tokenizer_without_a_template_and_one_that_refuses() -> None:
+def test_a_missing_template_or_a_rejected_chat_is_an_error() -> None:
     with pytest.raises(ConfigError, match="has no chat template"):
         prompt_format.check_template(make_tokenizer(), [user("x")], "q")
     late = [user("x"), {"role": "system", "content": "y"}]
@@ -85,7 +85,7 @@ def test_a_tokenizer_without_a_template_and_one_that_refuses() -> None:
         prompt_format.check_template(make_tokenizer(chat=True), late, "q")
 
 
-def test_a_text_loses_its_first_tokens() -> None:
+def test_the_first_tokens_of_a_text_are_removed() -> None:
     tokenizer = make_tokenizer()
     text = " ".join(f"w{number}" for number in range(10))
     assert prompt_format.truncate_prompt(tokenizer, text, 4) == "w7 w8 w9"  # and <s>
@@ -96,7 +96,7 @@ def test_a_text_loses_its_first_tokens() -> None:
         prompt_format.truncate_prompt(tokenizer, text, 1)
 
 
-def test_a_chat_keeps_its_system_message_and_its_frame() -> None:
+def test_a_truncated_chat_keeps_its_system_message_and_roles() -> None:
     tokenizer = make_tokenizer(chat=True)
     chat = [
         {"role": "system", "content": "w1 w2"},
@@ -115,7 +115,7 @@ def test_a_chat_keeps_its_system_message_and_its_frame() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="abc .0123\nw<>/s\u00e9", min_size=1, max_size=60), st.integers(2, 20))
-def test_what_is_cut_fits_and_is_the_end(text: str, limit: int) -> None:
+def test_a_truncated_prompt_fits_and_is_the_end_of_the_text(text: str, limit: int) -> None:
     tokenizer = make_tokenizer()
     if prompt_format.count_tokens(tokenizer, text) <= limit:
         return

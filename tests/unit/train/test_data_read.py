@@ -28,7 +28,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
-def make(folder: Path, suffix: str) -> Path:
+def make_data_file(folder: Path, suffix: str) -> Path:
     path = folder / f"data{suffix}"
     table = pa.Table.from_pylist(ROWS)
     if suffix in (".jsonl", ".ndjson"):
@@ -49,8 +49,8 @@ def make(folder: Path, suffix: str) -> Path:
 
 
 @pytest.mark.parametrize("suffix", READERS)
-def test_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
-    rows = read_data_file(make(tmp_path, suffix))
+def test_every_file_format_is_read(tmp_path: Path, suffix: str) -> None:
+    rows = read_data_file(make_data_file(tmp_path, suffix))
     answers = ["1", "2", "3"] if suffix in (".csv", ".tsv") else [1, 2, 3]
     assert rows.table["q"].to_pylist() == [row["q"] for row in ROWS]
     assert rows.table["a"].to_pylist() == answers
@@ -59,18 +59,18 @@ def test_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
     assert len(read_data_file(tmp_path / f"data{suffix}", 99).table) == 3
 
 
-def test_the_suffix_counts_in_any_case(tmp_path: Path) -> None:
-    path = make(tmp_path, ".tsv").rename(tmp_path / "DATA.TSV")
+def test_the_case_of_a_suffix_is_ignored(tmp_path: Path) -> None:
+    path = make_data_file(tmp_path, ".tsv").rename(tmp_path / "DATA.TSV")
     assert read_data_file(path).table.column_names == ["q", "a"]
 
 
 @pytest.mark.parametrize("suffix", [*READERS, *ARCHIVE_SUFFIXES])
-def test_what_is_read_is_never_taken_for_a_hub_id(suffix: str) -> None:
+def test_a_path_with_a_data_suffix_is_never_a_hub_id(suffix: str) -> None:
     assert is_path_only(f"train{suffix}")
     assert is_path_only(f"TRAIN{suffix.upper()}")
 
 
-def test_places_are_lines(tmp_path: Path) -> None:
+def test_locations_have_line_numbers(tmp_path: Path) -> None:
     path = write(tmp_path, "d.jsonl", '\ufeff{"a": 1}\n\n  \n{"a": 2}\r\n{"b": 3}')
     rows = read_data_file(path)
     assert [rows.location(index) for index in range(3)] == [f"{path}:1", f"{path}:4", f"{path}:5"]
@@ -85,13 +85,13 @@ def test_json_with_a_data_key(tmp_path: Path) -> None:
 def test_an_archive_with_one_data_file(tmp_path: Path) -> None:
     path = tmp_path / "d.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
-        tar.add(make(tmp_path, ".arrow"), "inner/data.arrow")
+        tar.add(make_data_file(tmp_path, ".arrow"), "inner/data.arrow")
     rows = read_data_file(path)
     assert rows.table.to_pylist() == ROWS
     assert rows.location(0) == f"{path}/inner/data.arrow row 1"
 
 
-def test_an_archive_that_leads_outside_is_refused(tmp_path: Path) -> None:
+def test_an_archive_with_a_path_outside_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "d.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         info = tarfile.TarInfo("../../evil.jsonl")
@@ -101,7 +101,7 @@ def test_an_archive_that_leads_outside_is_refused(tmp_path: Path) -> None:
     assert caught.value.where == str(path)
 
 
-def test_what_is_wrong_in_an_archive_is_told_by_its_member(tmp_path: Path) -> None:
+def test_an_error_in_an_archive_names_the_member(tmp_path: Path) -> None:
     broken = write(tmp_path, "broken.jsonl", '{"a": 1}\n{"a": "x"}')
     path = tmp_path / "d.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
@@ -112,7 +112,7 @@ def test_what_is_wrong_in_an_archive_is_told_by_its_member(tmp_path: Path) -> No
     assert "toolkit-data-" not in str(caught.value)
 
 
-def test_a_folder_in_an_archive_is_no_data_file(tmp_path: Path) -> None:
+def test_a_folder_in_an_archive_is_not_a_data_file(tmp_path: Path) -> None:
     (tmp_path / "data.csv").mkdir()
     path = tmp_path / "d.tar"
     with tarfile.open(path, "w") as tar:
@@ -143,14 +143,16 @@ def test_a_folder_in_an_archive_is_no_data_file(tmp_path: Path) -> None:
         ("d.zip", "not", "not a readable archive"),
     ],
 )
-def test_broken_files_name_the_place(tmp_path: Path, name: str, content, message: str) -> None:
+def test_the_error_for_an_invalid_file_names_the_location(
+    tmp_path: Path, name: str, content, message: str
+) -> None:
     with pytest.raises(InputError, match=message) as caught:
         read_data_file(write(tmp_path, name, content))
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("value", ["[" * 33 + "]" * 33, '{"b":' * 33 + "1" + "}" * 33])
-def test_a_column_that_is_nested_deeply(tmp_path: Path, value: str) -> None:
+def test_a_deeply_nested_column_is_refused(tmp_path: Path, value: str) -> None:
     """datasets and dill fail with a RecursionError for such a column."""
     with pytest.raises(ConfigError, match="column 'a' is nested deeper than 32 levels"):
         read_data_file(write(tmp_path, "d.jsonl", f'{{"a": {value}}}'))
@@ -177,13 +179,15 @@ def test_a_column_that_is_nested_deeply(tmp_path: Path, value: str) -> None:
         (["1", str(2**70)], "d.jsonl:2: column 'a' has a number"),
     ],
 )
-def test_a_column_of_two_types_names_the_row(tmp_path: Path, rows: list[str], message: str) -> None:
+def test_the_error_for_a_column_of_two_types_names_the_row(
+    tmp_path: Path, rows: list[str], message: str
+) -> None:
     content = "\n".join(f'{{"a": {value}}}' for value in rows)
     with pytest.raises(ConfigError, match=message):
         read_data_file(write(tmp_path, "d.jsonl", content))
 
 
-def test_the_misfit_is_found_among_many(tmp_path: Path) -> None:
+def test_a_value_of_another_type_is_found_among_many(tmp_path: Path) -> None:
     content = "".join(
         '{"a": %s}\n' % ('"x"' if index == 7777 else index) for index in range(10_000)
     )
@@ -191,7 +195,7 @@ def test_the_misfit_is_found_among_many(tmp_path: Path) -> None:
         read_data_file(write(tmp_path, "d.jsonl", content))
 
 
-def test_a_missing_file_names_those_there(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_lists_the_data_files(tmp_path: Path) -> None:
     write(tmp_path, "train.jsonl", "")
     with pytest.raises(InputError, match=r"file does not exist[\s\S]*train\.jsonl"):
         read_data_file(tmp_path / "trian.jsonl")
@@ -202,7 +206,7 @@ def test_a_missing_file_names_those_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["data.txt", "data", "data.pkl", "data.pt"])
-def test_other_kinds_are_refused(tmp_path: Path, name: str) -> None:
+def test_other_file_formats_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"not a supported type of data file[\s\S]*\.jsonl"):
         read_data_file(write(tmp_path, name, ""))
 

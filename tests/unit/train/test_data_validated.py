@@ -44,7 +44,7 @@ def chat(*messages: tuple[str, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in messages]
 
 
-def no_groups() -> bytes:
+def parquet_without_row_groups() -> bytes:
     """A Parquet file without a row group: the magic number, the footer, its length, the magic."""
     sink = io.BytesIO()
     with parquet.ParquetWriter(sink, pa.schema({"prompt": pa.string()})):
@@ -52,13 +52,13 @@ def no_groups() -> bytes:
     return sink.getvalue()
 
 
-def table(made: pa.Table = TABLE, **options: Any) -> bytes:
+def parquet_bytes(made: pa.Table = TABLE, **options: Any) -> bytes:
     sink = io.BytesIO()
     parquet.write_table(made, sink, **options)
     return sink.getvalue()
 
 
-def arrow(made: pa.Table = TABLE, *, stream: bool = False) -> bytes:
+def arrow_bytes(made: pa.Table = TABLE, *, stream: bool = False) -> bytes:
     sink = io.BytesIO()
     new = pa.ipc.new_stream if stream else pa.ipc.new_file
     with new(sink, made.schema) as writer:
@@ -66,7 +66,7 @@ def arrow(made: pa.Table = TABLE, *, stream: bool = False) -> bytes:
     return sink.getvalue()
 
 
-def zipped(**members: bytes) -> bytes:
+def zip_bytes(**members: bytes) -> bytes:
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w") as archive:
         for name, data in members.items():
@@ -74,7 +74,7 @@ def zipped(**members: bytes) -> bytes:
     return sink.getvalue()
 
 
-def tarred(mode: str = "w", kind: bytes = tarfile.REGTYPE, **members: bytes) -> bytes:
+def tar_bytes(mode: str = "w", kind: bytes = tarfile.REGTYPE, **members: bytes) -> bytes:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode=mode) as archive:  # type: ignore[call-overload]
         for name, data in members.items():
@@ -89,13 +89,13 @@ ROW = lines({"prompt": "a"})
 
 def with_junk(*, at_footer: bool = False) -> bytes:
     """A Parquet file with other bytes in its first page, or in its footer."""
-    data = bytearray(table())
+    data = bytearray(parquet_bytes())
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little") if at_footer else 4
     data[start : start + 12] = b"\xff" * 12
     return bytes(data)
 
 
-def bomb() -> bytes:
+def large_row_bytes() -> bytes:
     return ROW + bytes(66 << 20)
 
 
@@ -120,25 +120,28 @@ BAD: list[tuple[str, Callable[[], bytes], str]] = [
     ("nul.json", lambda: json.dumps([{"prompt": "a", "x": {"": {"\0": 1}}}]).encode(),
      "contains a NUL character"),
     ("open.csv", lambda: b'prompt,n\n"a,1\nb,2\n', "unexpected end of data"),
-    ("bomb.jsonl.gz", lambda: gzip.compress(bomb(), 1), "unpacks to more than 64.0 MiB"),
+    ("bomb.jsonl.gz", lambda: gzip.compress(large_row_bytes(), 1), "unpacks to more than 64.0 MiB"),
     ("cut.jsonl.gz", lambda: gzip.compress(ROW * 50)[:40], "cannot be unpacked"),
-    ("bool.parquet", lambda: table(pa.table({"prompt": [True, None]})), "of messages, not bool"),
-    ("int.parquet", lambda: table(pa.table({"prompt": [1, 2]})), "or a list of messages, not int"),
-    ("cut.parquet", lambda: table()[:-100], "is not a readable Parquet file"),
+    ("bool.parquet", lambda: parquet_bytes(pa.table({"prompt": [True, None]})),
+     "of messages, not bool"),
+    ("int.parquet", lambda: parquet_bytes(pa.table({"prompt": [1, 2]})),
+     "or a list of messages, not int"),
+    ("cut.parquet", lambda: parquet_bytes()[:-100], "is not a readable Parquet file"),
     ("short.parquet", lambda: b"PAR1", "is not a readable Parquet file"),
-    ("long.parquet", lambda: table()[-200:], "is not a readable Parquet file"),
+    ("long.parquet", lambda: parquet_bytes()[-200:], "is not a readable Parquet file"),
     ("holed.parquet", with_junk, "is not a readable Parquet file"),
     ("foot.parquet", lambda: with_junk(at_footer=True), "is not a readable Parquet file"),
     ("text.arrow", lambda: ROW, "is not a readable Arrow file"),
     ("empty.arrow", lambda: b"", "is not a readable Arrow file"),
-    ("cut.arrow", lambda: arrow()[:-2000], "is not a readable Arrow file"),
-    ("cut_stream.arrow", lambda: arrow(stream=True)[:-3000], "is not a readable Arrow file"),
-    ("two.zip", lambda: zipped(a_jsonl=ROW, b_jsonl=ROW), "contains 2 data files instead of one"),
-    ("none.tar", lambda: tarred(a_txt=ROW), "contains 0 data files instead of one"),
-    ("link.tar.gz", lambda: tarred("w:gz", tarfile.SYMTYPE, a_jsonl=b""), "a link or a device"),
+    ("cut.arrow", lambda: arrow_bytes()[:-2000], "is not a readable Arrow file"),
+    ("cut_stream.arrow", lambda: arrow_bytes(stream=True)[:-3000], "is not a readable Arrow file"),
+    ("two.zip", lambda: zip_bytes(a_jsonl=ROW, b_jsonl=ROW),
+     "contains 2 data files instead of one"),
+    ("none.tar", lambda: tar_bytes(a_txt=ROW), "contains 0 data files instead of one"),
+    ("link.tar.gz", lambda: tar_bytes("w:gz", tarfile.SYMTYPE, a_jsonl=b""), "a link or a device"),
     ("text.zip", lambda: ROW, "not a readable archive"),
-    ("cut.tgz", lambda: tarred("w:gz", a_jsonl=ROW * 99)[:60], "cannot be unpacked"),
-    ("bomb.tgz", lambda: tarred("w:gz", a_jsonl=bomb()), "unpacks to more than"),
+    ("cut.tgz", lambda: tar_bytes("w:gz", a_jsonl=ROW * 99)[:60], "cannot be unpacked"),
+    ("bomb.tgz", lambda: tar_bytes("w:gz", a_jsonl=large_row_bytes()), "unpacks to more than"),
 ]  # fmt: skip
 GOOD: list[tuple[str, Callable[[], bytes]]] = [
     ("long.csv", lambda: b"prompt,n\n" + b"a" * 300_000 + b",1\n"),
@@ -147,23 +150,29 @@ GOOD: list[tuple[str, Callable[[], bytes]]] = [
     ("chats.jsonl", lambda: lines({"prompt": chat(("user", "a"))}, {"prompt": None})),
     ("some.jsonl", lambda: lines({"prompt": json.dumps(chat(("boss", "a")))}, {"prompt": "b"})),
     ("large.jsonl.gz", lambda: gzip.compress(lines({"prompt": "a" * 20_000}) * 300)),
-    ("t.parquet", table),
-    ("plain.parquet", lambda: table(compression="none", use_dictionary=False, row_group_size=99)),
-    ("v2.parquet", lambda: table(data_page_version="2.0", compression="zstd", data_page_size=512)),
-    ("deep.parquet", lambda: table(DEEP)),
-    ("no_rows.parquet", lambda: table(TABLE.slice(0, 0))),
+    ("t.parquet", parquet_bytes),
+    (
+        "plain.parquet",
+        lambda: parquet_bytes(compression="none", use_dictionary=False, row_group_size=99),
+    ),
+    (
+        "v2.parquet",
+        lambda: parquet_bytes(data_page_version="2.0", compression="zstd", data_page_size=512),
+    ),
+    ("deep.parquet", lambda: parquet_bytes(DEEP)),
+    ("no_rows.parquet", lambda: parquet_bytes(TABLE.slice(0, 0))),
     # Arrow reads no magic number at the beginning.
-    ("no_beginning.parquet", lambda: no_groups()[4:]),
-    ("f.arrow", arrow),
-    ("s.arrow", lambda: arrow(stream=True)),
-    ("deep.arrow", lambda: arrow(DEEP)),
-    ("a.zip", lambda: zipped(a_jsonl=ROW, notes_txt=b"x")),
-    ("a.tar.gz", lambda: tarred("w:gz", a_csv=b"prompt\na\n")),
-    ("a.tar.xz", lambda: tarred("w:xz", a_jsonl=ROW)),
+    ("no_beginning.parquet", lambda: parquet_without_row_groups()[4:]),
+    ("f.arrow", arrow_bytes),
+    ("s.arrow", lambda: arrow_bytes(stream=True)),
+    ("deep.arrow", lambda: arrow_bytes(DEEP)),
+    ("a.zip", lambda: zip_bytes(a_jsonl=ROW, notes_txt=b"x")),
+    ("a.tar.gz", lambda: tar_bytes("w:gz", a_csv=b"prompt\na\n")),
+    ("a.tar.xz", lambda: tar_bytes("w:xz", a_jsonl=ROW)),
 ]
 
 
-def validated(path: Path, more: str = "") -> DataFacts:
+def validate_data(path: Path, more: str = "") -> DataFacts:
     text = f"dataset: {{path: {path.name}, prompt: prompt{more}}}"
     found = read_data_facts(
         parse_source(Source("run.yaml", text, path.parent, path.parent / "run.yaml")), "path"
@@ -172,7 +181,7 @@ def validated(path: Path, more: str = "") -> DataFacts:
     return found
 
 
-def trained(path: Path, limit: int | None = None) -> str | None:
+def training_problem(path: Path, limit: int | None = None) -> str | None:
     """Why training does not take the data."""
     try:
         rows = read_data_file(path, limit)
@@ -184,31 +193,35 @@ def trained(path: Path, limit: int | None = None) -> str | None:
 
 
 @pytest.mark.parametrize(("name", "make", "text"), BAD, ids=[case[0] for case in BAD])
-def test_both_refuse(tmp_path: Path, name: str, make: Callable[[], bytes], text: str) -> None:
+def test_validation_and_training_refuse_the_file(
+    tmp_path: Path, name: str, make: Callable[[], bytes], text: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(make())
-    facts = validated(path)
+    facts = validate_data(path)
     told = facts.problem or facts.refused_row
     assert told is not None
     assert text in told
-    refusal = trained(path)
+    refusal = training_problem(path)
     assert refusal is not None
     assert text in refusal
 
 
 @pytest.mark.parametrize(("name", "make"), GOOD, ids=[case[0] for case in GOOD])
-def test_both_take(tmp_path: Path, name: str, make: Callable[[], bytes]) -> None:
+def test_validation_and_training_accept_the_file(
+    tmp_path: Path, name: str, make: Callable[[], bytes]
+) -> None:
     path = tmp_path / name
     path.write_bytes(make())
-    facts = validated(path)
+    facts = validate_data(path)
     assert (facts.problem, facts.refused_row) == (None, None)
-    assert trained(path) is None
+    assert training_problem(path) is None
 
 
-def test_rows_beyond_the_limit_are_not_judged(tmp_path: Path) -> None:
+def test_rows_beyond_the_limit_are_not_checked(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(lines({"prompt": "a"}, {"prompt": "b"}, {"prompt": True}))
-    assert validated(path, ", limit: 2").refused_row is None
-    assert trained(path, 2) is None
-    assert validated(path, ", limit: 3").refused_row is not None
-    assert trained(path, 3) is not None
+    assert validate_data(path, ", limit: 2").refused_row is None
+    assert training_problem(path, 2) is None
+    assert validate_data(path, ", limit: 3").refused_row is not None
+    assert training_problem(path, 3) is not None

@@ -19,7 +19,7 @@ from toolkit.train.trainer import GRPOConfig, GRPOTrainer
 NAME = "dynamic_sampling"
 
 
-class Hard:
+class PromptDependentReward:
     """A reward that is 0 for prompts of 10 and 11, and differs between completions of others."""
 
     def __init__(self) -> None:
@@ -30,28 +30,28 @@ class Hard:
         self.scored.append(list(prompts))
         more["log_extra"]("length", [len(one) for one in completions])
         pairs = zip(prompts, completions, strict=True)
-        return [0.0 if dead(prompt) else value(text) for prompt, text in pairs]
+        return [0.0 if has_equal_rewards(prompt) else text_value(text) for prompt, text in pairs]
 
 
-def dead(prompt: str) -> bool:
+def has_equal_rewards(prompt: str) -> bool:
     return prompt[:2] in ("10", "11")
 
 
-def value(text: str) -> float:
+def text_value(text: str) -> float:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 997 / 997
 
 
-def equal(completions: list[str], **_: Any) -> list[float]:
+def equal_reward(completions: list[str], **_: Any) -> list[float]:
     return [0.5] * len(completions)
 
 
-def trained(folder: Any, rewards: Any, **grpo: Any) -> GRPOTrainer:
+def train(folder: Any, rewards: Any, **grpo: Any) -> GRPOTrainer:
     trainer = make_trainer(folder, rewards=rewards, config=GRPOConfig, **grpo)
     trainer.train()
     return trainer
 
 
-def logged(trainer: GRPOTrainer) -> list[tuple[str, str]]:
+def logged_completions(trainer: GRPOTrainer) -> list[tuple[str, str]]:
     log = trainer.completion_log
     return list(zip(log["prompt"], log["completion"], strict=True))
 
@@ -60,13 +60,17 @@ def logged(trainer: GRPOTrainer) -> list[tuple[str, str]]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run with dynamic sampling; the first step of one, and of one without it."""
     place = tmp_path_factory.mktemp("runs")
-    made = SimpleNamespace(reward=Hard())
-    made.whole = trained(
+    made = SimpleNamespace(reward=PromptDependentReward())
+    made.whole = train(
         place / "w", made.reward, dynamic_sampling=True, max_resample_times=9, max_steps=5
     )
-    made.plain = trained(place / "p", Hard(), max_steps=1)
-    made.first = trained(
-        place / "f", Hard(), dynamic_sampling=True, max_resample_times=9, max_steps=1
+    made.plain = train(place / "p", PromptDependentReward(), max_steps=1)
+    made.first = train(
+        place / "f",
+        PromptDependentReward(),
+        dynamic_sampling=True,
+        max_resample_times=9,
+        max_steps=1,
     )
     return made
 
@@ -88,12 +92,12 @@ def test_replaced_groups_have_spread_and_each_completion_is_scored_once(
 
 
 def test_groups_with_spread_stay_and_the_others_have_new_prompts(runs: SimpleNamespace) -> None:
-    before, after = logged(runs.plain), logged(runs.first)
+    before, after = logged_completions(runs.plain), logged_completions(runs.first)
     rounds = list(runs.first.completion_log["extra"]["resample_round"])
     for place in range(0, 8, 4):
         group = slice(place, place + 4)
-        if dead(before[place][0]):
-            assert not dead(after[place][0])
+        if has_equal_rewards(before[place][0]):
+            assert not has_equal_rewards(after[place][0])
             assert min(rounds[group]) == max(rounds[group]) > 0
         else:
             assert after[group] == before[group]
@@ -102,7 +106,7 @@ def test_groups_with_spread_stay_and_the_others_have_new_prompts(runs: SimpleNam
     assert len({prompt for prompt, _ in after}) == 2  # no prompt twice in a batch
 
 
-def test_metrics_and_columns_are_those_of_what_is_trained_on(runs: SimpleNamespace) -> None:
+def test_metrics_and_columns_describe_the_trained_completions(runs: SimpleNamespace) -> None:
     for trainer in (runs.first, runs.whole):
         (row, log) = history(trainer)[-1], trainer.completion_log
         (batch,) = trainer.rollout_buffer
@@ -110,7 +114,7 @@ def test_metrics_and_columns_are_those_of_what_is_trained_on(runs: SimpleNamespa
         assert row["completions/mean_length"] == pytest.approx(lengths.mean().item())
         assert row["completions/max_length"] == lengths.max().item()
         assert list(log["extra"]["length"]) == [len(text) for text in log["completion"]]
-        assert row["reward"] == pytest.approx(sum(map(value, log["completion"])) / 8)
+        assert row["reward"] == pytest.approx(sum(map(text_value, log["completion"])) / 8)
     # Tokens of prompts (6 each) and completions, of what was discarded as well.
     first = history(runs.first)[0]
     tokens = 8 * first["completions/mean_length"] + first[f"{NAME}/discarded_tokens"]
@@ -121,19 +125,19 @@ def test_metrics_and_columns_are_those_of_what_is_trained_on(runs: SimpleNamespa
     ("limit", "steps", "rounds", "why"),
     [(2, 2, 2, "max_resample_times is 2"), (50, 1, 11, "all 24 rows of the data set were drawn")],
 )
-def test_at_the_limit_the_groups_are_kept_and_the_run_says_so(
+def test_groups_left_after_the_last_round_are_kept_with_a_warning(
     tmp_path: Any, limit: int, steps: int, rounds: int, why: str
 ) -> None:
     grpo = {"dynamic_sampling": True, "max_resample_times": limit, "max_steps": steps}
     with pytest.warns(ToolkitWarning, match=why) as said:
-        trainer = trained(tmp_path / "a", equal, **grpo)
+        trainer = train(tmp_path / "a", equal_reward, **grpo)
     assert sum("all rewards are still equal after" in str(one.message) for one in said) == 1
     first = history(trainer)[0]
     assert first[f"{NAME}/rounds"] == rounds
     assert first[f"{NAME}/no_spread_before"] == first[f"{NAME}/no_spread_after"] == 1
     assert first[f"{NAME}/discarded_completions"] == 8 * rounds
-    plain = trained(tmp_path / "b", equal, max_steps=steps)
-    assert logged(trainer) == logged(plain)
+    plain = train(tmp_path / "b", equal_reward, max_steps=steps)
+    assert logged_completions(trainer) == logged_completions(plain)
     assert adapter_digest(trainer) == adapter_digest(plain)
 
 
@@ -152,18 +156,20 @@ def test_at_the_limit_the_groups_are_kept_and_the_run_says_so(
     ],
     ids=["curriculum", "both, a generation feeds two steps"],
 )
-def test_a_resumed_run_chooses_what_the_whole_one_does(tmp_path: Any, grpo: Any) -> None:
-    whole = trained(tmp_path / "a", Hard(), save_strategy="steps", save_steps=3, **grpo)
-    again = make_trainer(tmp_path / "b", rewards=Hard(), config=GRPOConfig, **grpo)
+def test_a_resumed_run_chooses_the_same_prompts(tmp_path: Any, grpo: Any) -> None:
+    whole = train(
+        tmp_path / "a", PromptDependentReward(), save_strategy="steps", save_steps=3, **grpo
+    )
+    again = make_trainer(tmp_path / "b", rewards=PromptDependentReward(), config=GRPOConfig, **grpo)
     again.train(str(tmp_path / "a" / "checkpoint-3"))
     assert adapter_digest(again) == adapter_digest(whole)
     assert history(again) == history(whole)
-    assert logged(again) == logged(whole)
+    assert logged_completions(again) == logged_completions(whole)
 
 
 def test_the_curriculum_draws_prompts_with_spread_again(tmp_path: Any) -> None:
-    reward = Hard()
-    trainer = trained(tmp_path, reward, curriculum=True, max_steps=12)
+    reward = PromptDependentReward()
+    trainer = train(tmp_path, reward, curriculum=True, max_steps=12)
     rows = history(trainer)
     assert rows[0]["curriculum/repeated_share"] == 0
     assert {row["curriculum/repeated_share"] for row in rows[1:]} == {0.5}
@@ -176,11 +182,11 @@ def test_the_curriculum_draws_prompts_with_spread_again(tmp_path: Any) -> None:
     fresh = [batch[0] for batch in reward.scored]  # the share comes last in a batch of two prompts
     again = [batch[4] for batch in reward.scored[1:]]
     assert len(set(fresh)) == 12
-    assert sum(map(dead, fresh)) >= 3
-    assert sum(map(dead, again)) <= 2
+    assert sum(map(has_equal_rewards, fresh)) >= 3
+    assert sum(map(has_equal_rewards, again)) <= 2
 
 
-def test_middle_difficulty_comes_first_and_others_come_again() -> None:
+def test_prompts_with_the_largest_spread_are_drawn_most_often() -> None:
     """Pass rates 0, 1/4, 1/2 and 1 of a reward that is 0 or 1."""
     difficulty = Difficulty(6)
     difficulty.record([0, 1, 2, 3], [0.0, 3**0.5 / 4, 0.5, 0.0])
@@ -216,7 +222,7 @@ SPREADS = [
 
 
 @pytest.mark.parametrize(("rewards", "weights", "signal", "deviation"), SPREADS)
-def test_what_spread_is(rewards: Any, weights: Any, signal: bool, deviation: float) -> None:
+def test_the_spread_of_a_group(rewards: Any, weights: Any, signal: bool, deviation: float) -> None:
     other = [[3.0, 0.0], [1.0, 0.0]]
     values = torch.tensor([*rewards, *other], dtype=torch.float32)
     given = (values, torch.tensor(weights, dtype=torch.float32), 2)
@@ -227,12 +233,12 @@ def test_what_spread_is(rewards: Any, weights: Any, signal: bool, deviation: flo
         assert spread_of(*given, "normalize_then_sum").has_signal[0]
 
 
-def test_what_excludes_it_is_said_at_construction(tmp_path: Any) -> None:
+def test_arguments_that_exclude_it_are_refused_at_construction(tmp_path: Any) -> None:
     def refused(match: str, rows: Any = None, fields: Any = None, **more: Any) -> None:
         with pytest.raises(ConfigValueError, match=match):
             GRPOTrainer(
                 model="nowhere",
-                reward_funcs=equal,
+                reward_funcs=equal_reward,
                 args=arguments(tmp_path, GRPOConfig, **(fields or {"dynamic_sampling": True})),
                 train_dataset=Dataset.from_list(ROWS) if rows is None else rows,
                 **more,

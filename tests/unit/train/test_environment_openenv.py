@@ -102,7 +102,7 @@ def test_a_rollout_acts_in_the_environment(python: str, tmp_path: Path) -> None:
         ("changes", "returned another first observation for the seed 5 than before"),
     ],
 )
-def test_a_faulty_environment_follows_the_reward_policy(
+def test_a_failing_environment_is_handled_as_reward_on_error_says(
     python: str, tmp_path: Path, fault: str, said: str
 ) -> None:
     """Its rollout has no score, and is saved; the others keep theirs."""
@@ -130,11 +130,13 @@ def test_a_faulty_environment_follows_the_reward_policy(
         ("other_game:Game", "allow_code"),
     ],
 )
-def test_what_cannot_be_used_is_refused(python: str, tmp_path: Path, task: str, said: str) -> None:
+def test_an_unusable_environment_is_refused(
+    python: str, tmp_path: Path, task: str, said: str
+) -> None:
     with pytest.raises(ConfigError, match=said):
         World(config_of(python, task), tmp_path)
 
 
-def test_the_package_is_seen_in_the_other_environment(python: str) -> None:
+def test_the_package_is_found_in_the_other_interpreter(python: str) -> None:
     assert missing_package("openenv", python) is None
     assert missing_package("verifiers", python) is not None

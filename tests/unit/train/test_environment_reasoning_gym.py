@@ -48,7 +48,7 @@ def test_the_same_seed_makes_the_same_problems() -> None:
     assert first.report.lines() == ["6 plain prompts from reasoning_gym:leg_counting"]
 
 
-def test_held_out_problems_are_others() -> None:
+def test_held_out_problems_differ_from_training_problems() -> None:
     data = rows_of(config_of(TEXT.replace("size: 6", "size: 50, eval_size: 20")))
     assert len(data.eval) == 20
     assert not set(data.eval["prompt"]) & set(data.train["prompt"])

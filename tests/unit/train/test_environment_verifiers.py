@@ -66,7 +66,7 @@ def test_tasks_are_rows_and_their_rewards_score(workers: Any, tmp_path: Path) ->
     assert "sums_taskset" not in sys.modules
 
 
-def test_a_seed_shuffles_a_finite_list(workers: Any) -> None:
+def test_a_seed_shuffles_a_finite_task_list(workers: Any) -> None:
     shuffled = config_of(TEXT.replace("size: 4,", "size: 4, seed: 3,"))
     first, again = (data_of(shuffled, workers.environment).train for _ in range(2))
     assert first[:] == again[:]
@@ -87,7 +87,7 @@ def test_a_seed_shuffles_a_finite_list(workers: Any) -> None:
         ("eval_size: 2", "eval_size: 2, size: 20", "no more tasks after the first 20"),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused(workers: Any, old: str, new: str, said: str) -> None:
+def test_an_unsupported_taskset_is_refused(workers: Any, old: str, new: str, said: str) -> None:
     text = TEXT.replace("size: 4, ", "") if "size: 20" in new else TEXT
     with pytest.raises(ConfigError) as refused:
         data_of(config_of(text.replace(old, new)), workers.environment)
@@ -104,7 +104,7 @@ def test_making_problems_has_a_time_limit() -> None:
         )
 
 
-def test_a_taskset_that_changes_is_a_fault_of_the_sample(workers: Any, tmp_path: Path) -> None:
+def test_a_taskset_that_changes_is_an_error_of_the_sample(workers: Any, tmp_path: Path) -> None:
     config = config_of(TEXT + "reward: {on_error: none}")
     data = data_of(config, workers.environment).train
     columns = data.column_names

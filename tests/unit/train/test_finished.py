@@ -1,4 +1,4 @@
-"""What of a run folder is read back, and by which rule."""
+"""Which adapter or checkpoint of a run folder is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def _run(folder: Path, *, dataset: dict[str, object] | None = None, **model: object) -> Path:
+def _write_run(folder: Path, *, dataset: dict[str, object] | None = None, **model: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model": {"model_name": "some/model", **model}, "lora": {"r": 4}}
     config["dataset"] = dataset or {}
@@ -23,15 +23,15 @@ def _run(folder: Path, *, dataset: dict[str, object] | None = None, **model: obj
     return folder
 
 
-def _checkpoint(folder: Path, step: int) -> Path:
-    part = checkpoint.begin(folder, step)
-    (part / "adapter_model.safetensors").write_bytes(b"weights")
-    return checkpoint.commit(part, step)
+def _write_checkpoint(folder: Path, step: int) -> Path:
+    partial = checkpoint.begin(folder, step)
+    (partial / "adapter_model.safetensors").write_bytes(b"weights")
+    return checkpoint.commit(partial, step)
 
 
-def test_the_finished_adapter_comes_first(tmp_path: Path) -> None:
-    run = _run(tmp_path / "run")
-    _checkpoint(run, 3)
+def test_the_finished_adapter_is_used_first(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    _write_checkpoint(run, 3)
     (run / "adapter").mkdir()
     (run / "adapter" / "adapter_config.json").write_text("{}")
     assert open_run(run).adapter == run / "adapter"
@@ -39,42 +39,42 @@ def test_the_finished_adapter_comes_first(tmp_path: Path) -> None:
     assert open_run(run, step=3).adapter is None
 
 
-def test_else_the_latest_sound_checkpoint(tmp_path: Path) -> None:
-    run = _run(tmp_path / "run")
+def test_without_an_adapter_the_latest_intact_checkpoint_is_used(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
     for step in (3, 20, 100):
-        torn = _checkpoint(run, step)
-    (torn / "adapter_model.safetensors").write_bytes(b"")
+        damaged = _write_checkpoint(run, step)
+    (damaged / "adapter_model.safetensors").write_bytes(b"")
     assert open_run(run).checkpoint == run / "checkpoint-20"
     with pytest.raises(ConfigValueError, match="has no intact checkpoint-100"):
         open_run(run, step=100)
 
 
-def test_a_folder_cannot_allow_code_of_its_own_model(tmp_path: Path) -> None:
-    run = _run(tmp_path / "run", trust_remote_code=True)
-    _checkpoint(run, 3)
+def test_a_run_folder_cannot_allow_the_code_of_its_model(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run", trust_remote_code=True)
+    _write_checkpoint(run, 3)
     with pytest.raises(ConfigValueError, match="runs code that comes with some/model") as refused:
         open_run(run)
     assert "--trust-remote-code" in str(refused.value.fix)
     assert open_run(run, trust_remote_code=True).checkpoint == run / "checkpoint-3"
 
 
-def test_folders_with_nothing_to_read(tmp_path: Path) -> None:
+def test_folders_without_a_usable_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a run folder: config\.json is missing"):
         open_run(tmp_path)
     with pytest.raises(
         ConfigValueError, match="neither an intact checkpoint nor a finished adapter"
     ):
-        open_run(_run(tmp_path / "run"))
+        open_run(_write_run(tmp_path / "run"))
     with pytest.raises(UnsupportedError, match="trained every weight"):
-        open_run(_run(tmp_path / "full", full_finetuning=True))
+        open_run(_write_run(tmp_path / "full", full_finetuning=True))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="is not the config of a run"):
         open_run(tmp_path)
 
 
 def test_generation_needs_no_checkpointing(tmp_path: Path) -> None:
-    run = _run(tmp_path / "run")
-    _checkpoint(run, 1)
+    run = _write_run(tmp_path / "run")
+    _write_checkpoint(run, 1)
     config = with_engine(open_run(run).config, "vllm")
     assert config.runtime.engine == "vllm"
     assert config.lora.use_gradient_checkpointing is False
@@ -101,8 +101,8 @@ CHAT = '{"prompt": [{"role": "user", "content": "x"}]}'
 def test_prompts_are_in_the_format_of_the_run(
     tmp_path: Path, dataset: dict[str, object], line: str | None, found: bool
 ) -> None:
-    run = _run(tmp_path / "run", dataset=dataset)
-    _checkpoint(run, 1)
+    run = _write_run(tmp_path / "run", dataset=dataset)
+    _write_checkpoint(run, 1)
     if line is not None:
         (run / "completions.jsonl").write_text(line + "\n")
     assert trained_on_chats(open_run(run), has_template=True) is found

@@ -1,5 +1,5 @@
-"""Processes that share a model: what is refused before an engine starts, and what a checkpoint
-says of them.
+"""Processes that share a model: the checks before an engine starts, and what a checkpoint records
+about the processes.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, world: int, here: int) -> None:
+def set_launcher_variables(monkeypatch: pytest.MonkeyPatch, world: int, here: int) -> None:
     for name, value in (("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", here), ("RANK", 0)):
         monkeypatch.setenv(name, str(value))
 
 
-def told(card: str = "H100", **changes: str) -> dict[str, Any]:
+def process_facts(card: str = "H100", **changes: str) -> dict[str, Any]:
     return dict.fromkeys(SHARED_LIBRARIES, "1") | {"card": card} | changes
 
 
-def test_a_group_lies_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched(monkeypatch, 6, 3)
+def test_a_group_must_be_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_launcher_variables(monkeypatch, 6, 3)
     with pytest.raises(ConfigError, match="a group of 2 processes that share a model") as refused:
         check_world_size(2)
     assert "6 processes, and 3 of them" in refused.value.message
-    launched(monkeypatch, 8, 4)
+    set_launcher_variables(monkeypatch, 8, 4)
     check_world_size(2)
 
 
@@ -52,19 +52,24 @@ def test_a_group_needs_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     check_groups(1, None, lambda own: [own])
 
 
-def test_a_group_has_one_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched(monkeypatch, 2, 2)
+def test_a_group_needs_equal_library_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_launcher_variables(monkeypatch, 2, 2)
     check_groups(2, "H100", lambda own: [own, own])
     with pytest.raises(NodeError, match="different versions of torch") as refused:
         check_groups(2, "H100", lambda own: [own, {**own, "torch": "2"}])
     assert f"process 0: {version('torch')}, process 1: 2" in refused.value.message
 
 
-def test_a_group_has_cards_of_one_kind() -> None:
-    both = [told("A100"), told("A100"), told("H100"), told("H100")]
-    check_same_environment(2, both)  # replicas may differ
+def test_a_group_needs_gpus_of_one_kind() -> None:
+    facts_by_process = [
+        process_facts("A100"),
+        process_facts("A100"),
+        process_facts("H100"),
+        process_facts("H100"),
+    ]
+    check_same_environment(2, facts_by_process)  # replicas may differ
     with pytest.raises(ConfigError, match="cards of different kinds") as refused:
-        check_same_environment(4, both)
+        check_same_environment(4, facts_by_process)
     assert "process 1: A100, process 2: H100" in refused.value.message
     assert "CUDA_VISIBLE_DEVICES" in str(refused.value.fix)
 
@@ -77,7 +82,7 @@ def test_a_group_has_cards_of_one_kind() -> None:
         (2, 1, 2, "written by 2 replicas, but this run has 1", "--nproc-per-node 4"),
     ],
 )
-def test_a_checkpoint_is_of_so_many_replicas(
+def test_a_checkpoint_of_another_number_of_replicas_is_refused(
     tmp_path: Path, then: int, now: int, size: int, said: str, fix: str
 ) -> None:
     (tmp_path / checkpoint.STATE_FILE).write_text(json.dumps({"world_size": then}))
@@ -87,13 +92,13 @@ def test_a_checkpoint_is_of_so_many_replicas(
     checkpoint.check_world_size(tmp_path, then, size)
 
 
-def test_a_checkpoint_says_how_the_model_was_split(tmp_path: Path) -> None:
+def test_a_checkpoint_records_the_tensor_parallel_size(tmp_path: Path) -> None:
     for state, size in (({}, 1), ({"tensor_parallel_size": 2}, 2)):
         (tmp_path / checkpoint.STATE_FILE).write_text(json.dumps(state))
         assert checkpoint.tensor_parallel_size_of(tmp_path) == size
 
 
-def test_one_process_holds_everything() -> None:
+def test_a_single_process_has_whole_tensors() -> None:
     assert current_mesh() is None
     assert run_on_first(lambda: 7) == 7
     tensor = torch.ones(2, 3, requires_grad=True)
@@ -103,14 +108,17 @@ def test_one_process_holds_everything() -> None:
 
 
 @pytest.mark.parametrize("most", [0.5, 100.0])
-def test_the_norm_is_torchs(most: float) -> None:
+def test_the_gradient_norm_equals_that_of_torch(most: float) -> None:
     tensors = [torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(3)]
     copies = [torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(3)]
-    for one, other in zip(tensors[:2], copies[:2], strict=True):  # the last has no gradient
-        one.grad = torch.randn(3, 2)
-        other.grad = one.grad.clone()
-    mine, theirs = clip_split_grad_norm(tensors, most), torch.nn.utils.clip_grad_norm_(copies, most)
-    assert torch.allclose(mine, theirs)
-    for one, other in zip(tensors[:2], copies[:2], strict=True):
-        assert torch.allclose(one.grad, other.grad)
+    for tensor, copied in zip(tensors[:2], copies[:2], strict=True):  # the last has no gradient
+        tensor.grad = torch.randn(3, 2)
+        copied.grad = tensor.grad.clone()
+    clipped_norm, torch_norm = (
+        clip_split_grad_norm(tensors, most),
+        torch.nn.utils.clip_grad_norm_(copies, most),
+    )
+    assert torch.allclose(clipped_norm, torch_norm)
+    for tensor, copied in zip(tensors[:2], copies[:2], strict=True):
+        assert torch.allclose(tensor.grad, copied.grad)
     assert clip_split_grad_norm(tensors[2:], most) == 0

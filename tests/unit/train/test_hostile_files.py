@@ -20,7 +20,7 @@ INPUTS = 200
     "script", [fuzz_data, fuzz_archives, fuzz_adapters], ids=lambda script: script.__name__
 )
 @pytest.mark.filterwarnings("ignore")
-def test_any_file_is_read_or_refused_and_soon(script: ModuleType) -> None:
+def test_any_file_is_read_or_refused_quickly(script: ModuleType) -> None:
     inputs, longest, _ = script.round_of((INPUTS, 1))
     assert inputs >= INPUTS / 2
     assert longest < fuzz_loop.SECONDS_EACH

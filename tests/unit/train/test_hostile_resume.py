@@ -1,4 +1,4 @@
-"""Run folders that somebody else filled, given to a run that resumes: refused or passed over."""
+"""A run resumes in a folder with unusable files: the files are refused or skipped."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from toolkit.train.data import chat_record
 from toolkit.train.report.reward_watch import RewardWatch
 
 
-def pipe(path):
+def replace_with_pipe(path):
     path.unlink(missing_ok=True)
     os.mkfifo(path)
 
 
 RECORDS = {
-    "a pipe": pipe,
+    "a pipe": replace_with_pipe,
     "a device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
     "nested": lambda path: path.write_text("[" * 100_000),
     "a list": lambda path: path.write_text("[1]"),
@@ -35,32 +35,32 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("kind", RECORDS)
-def test_the_record_of_a_branch(tmp_path, kind):
+def test_an_invalid_branch_record_is_ignored_or_refused(tmp_path, kind):
     train(tmp_path, None, 4, "a")
     RECORDS[kind](tmp_path / ".branch.json")
-    begin = time.monotonic()
-    if kind == "many parents":  # a record that is sound, and of another run
+    start_s = time.monotonic()
+    if kind == "many parents":  # a valid record of another run
         with pytest.raises(ConfigError, match="another branch"):
             branch.resume_point(tmp_path, "auto")
     else:
         assert branch.resume_point(tmp_path, "auto")[0] == tmp_path / "checkpoint-4"
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - start_s < 10
 
 
-def test_what_a_rollback_finds_in_its_way(tmp_path):
+def test_a_rollback_uses_the_next_free_abandoned_folder(tmp_path):
     train(tmp_path, None, 6, "a")
     for number in (7, 99_999_999, 100_000_000):
         (tmp_path / f"abandoned-{number}").mkdir()
-    pipe(tmp_path / "abandoned-99999999" / "abandoned.json")
+    replace_with_pipe(tmp_path / "abandoned-99999999" / "abandoned.json")
     (tmp_path / ".abandoned-1.partial").symlink_to("/")
     start = rollback.begin_branch(tmp_path, tmp_path / "checkpoint-2")
-    aside = tmp_path / "abandoned-100000001"
-    assert f"moved to {aside}: checkpoint-4, checkpoint-6" in start.notes[0]
-    assert tags(aside) == "aaaaaa"
+    abandoned = tmp_path / "abandoned-100000001"
+    assert f"moved to {abandoned}: checkpoint-4, checkpoint-6" in start.notes[0]
+    assert tags(abandoned) == "aaaaaa"
     assert (tmp_path / ".abandoned-1.partial").is_symlink()
 
 
-def test_a_link_at_the_temporary_name_of_a_rollback(tmp_path):
+def test_a_rollback_does_not_follow_a_link_at_its_temporary_name(tmp_path):
     train(tmp_path, None, 4, "a")
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -76,7 +76,7 @@ def test_a_link_at_the_temporary_name_of_a_rollback(tmp_path):
     [{"positions": {"metrics.jsonl": float("inf")}}, {"positions": {"metrics.jsonl": -1}},
      {"positions": {"metrics.jsonl": "9"}}, {"log_sha256": 5}, {"log_sha256": []}],
 )  # fmt: skip
-def test_impossible_positions_of_logs(tmp_path, forged):
+def test_impossible_log_positions_are_refused(tmp_path, forged):
     train(tmp_path, None, 2, "a")
     state = tmp_path / "checkpoint-2" / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), **forged}))
@@ -84,35 +84,35 @@ def test_impossible_positions_of_logs(tmp_path, forged):
         rollback.begin_branch(tmp_path, tmp_path / "checkpoint-2")
 
 
-def test_many_folders_that_are_no_checkpoints(tmp_path):
+def test_many_invalid_checkpoints_are_skipped_quickly(tmp_path):
     train(tmp_path, None, 2, "a")
     for step in range(1000, 1500):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "state.json").write_text("{}")
-    begin = time.process_time()
-    found, passed = branch.resume_point(tmp_path, "auto")
-    assert found == tmp_path / "checkpoint-2"
-    assert len(passed) == 500
-    assert time.process_time() - begin < 5
+    start_s = time.process_time()
+    chosen, skipped = branch.resume_point(tmp_path, "auto")
+    assert chosen == tmp_path / "checkpoint-2"
+    assert len(skipped) == 500
+    assert time.process_time() - start_s < 5
 
 
-def test_checksums_of_many_files_are_told_in_a_few_lines(tmp_path):
+def test_many_faults_are_reported_in_a_few_lines(tmp_path):
     folder = write(tmp_path, 2)
-    listed = {f"file-{number}": {"bytes": 1, "sha256": ""} for number in range(3000)}
-    text = checkpoint._checksums_text(listed)
+    checksums = {f"file-{number}": {"bytes": 1, "sha256": ""} for number in range(3000)}
+    text = checkpoint._checksums_text(checksums)
     (folder / checkpoint.CHECKSUMS_FILE).write_text(text)
-    begin = time.process_time()
-    told = checkpoint.find_faults(folder)
-    assert told[-1] == "and 2980 more"
-    assert len(told) == 21
-    assert time.process_time() - begin < 10
+    start_s = time.process_time()
+    faults = checkpoint.find_faults(folder)
+    assert faults[-1] == "and 2980 more"
+    assert len(faults) == 21
+    assert time.process_time() - start_s < 10
 
 
 @pytest.mark.parametrize("kind", ["pipe", "line", "nested", "binary"])
-def test_a_log_of_completions(tmp_path, kind):
+def test_an_unreadable_completion_log_gives_no_chat_format(tmp_path, kind):
     path = tmp_path / "completions.jsonl"
     if kind == "pipe":
-        pipe(path)
+        replace_with_pipe(path)
     elif kind == "line":
         with path.open("wb") as file:
             file.truncate(1 << 30)  # of zeros, without an end
@@ -122,7 +122,7 @@ def test_a_log_of_completions(tmp_path, kind):
 
 
 @pytest.mark.parametrize("count", ['"x"', "1e999", "-5", "[]", "9" * 30, "null", "NaN"])
-def test_a_count_in_the_last_row(tmp_path, count):
+def test_an_invalid_count_in_the_last_row_counts_as_zero(tmp_path, count):
     row = f'{{"loss": 0, "reward": 1, "steps_without_signal": {count}}}'
     (tmp_path / "metrics.jsonl").write_text(row + "\n")
     assert RewardWatch(tmp_path, print).count == 0

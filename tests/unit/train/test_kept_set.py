@@ -26,23 +26,23 @@ from toolkit.train.step.kept_set import (
 ROWS, LENGTH, VOCAB, START = 3, 12, 40, 4
 
 
-def world(seed: int = 0) -> tuple[torch.Tensor, TokenHistory, TokenPositions, torch.Tensor]:
-    """(ids, texts, places of all completion tokens, logits of these): row 0 has padding on both
-    sides.
+def make_case(seed: int = 0) -> tuple[torch.Tensor, TokenHistory, TokenPositions, torch.Tensor]:
+    """(ids, history, positions of all completion tokens, logits at these positions). Row 0 has
+    padding on both sides.
     """
     torch.manual_seed(seed)
     ids = torch.randint(0, 12, (ROWS, LENGTH))
     real = torch.ones_like(ids, dtype=torch.bool)
     real[0, :2] = real[0, -3:] = False
-    texts = TokenHistory(ids, real, torch.full((ROWS,), START), VOCAB)
-    scored = real.clone()
-    scored[:, :START] = False
-    rows, where = scored.nonzero(as_tuple=True)
-    return ids, texts, TokenPositions(texts, rows, where), torch.randn(len(rows), VOCAB) * 3
+    history = TokenHistory(ids, real, torch.full((ROWS,), START), VOCAB)
+    scores = real.clone()
+    scores[:, :START] = False
+    rows, positions = scores.nonzero(as_tuple=True)
+    return ids, history, TokenPositions(history, rows, positions), torch.randn(len(rows), VOCAB) * 3
 
 
-def tokens_of(ids: torch.Tensor, places: TokenPositions) -> torch.Tensor:
-    return ids[places.rows_N, places.positions_N]
+def tokens_at(ids: torch.Tensor, positions: TokenPositions) -> torch.Tensor:
+    return ids[positions.rows_N, positions.positions_N]
 
 
 GRID = [
@@ -52,33 +52,33 @@ GRID = [
 
 
 @pytest.mark.parametrize("options", GRID, ids=str)
-def test_the_set_is_that_of_transformers(options: dict[str, Any]) -> None:
-    _, _, _, logits = world()
+def test_scores_equal_those_of_transformers_warpers(options: dict[str, Any]) -> None:
+    _, _, _, logits = make_case()
     logits = logits.requires_grad_()
     warpers = [TemperatureLogitsWarper(options["temperature"])]
     if options["top_k"]:
         warpers.append(TopKLogitsWarper(options["top_k"]))
     warpers += [TopPLogitsWarper(options["top_p"]), MinPLogitsWarper(options["min_p"])]
-    theirs = logits
+    expected_logits = logits
     for warper in warpers:
-        theirs = warper(None, theirs)
-    best = theirs.argmax(-1)
-    ours = score_tokens(logits, best, Distribution(**options, min_p_first=False))
-    own = torch.log_softmax(theirs, -1)
-    torch.testing.assert_close(ours.logps, own.gather(1, best[:, None])[:, 0])
-    p = own.exp()
-    torch.testing.assert_close(ours.entropy, torch.special.entr(p).sum(-1), atol=1e-6, rtol=1e-5)
+        expected_logits = warper(None, expected_logits)
+    best = expected_logits.argmax(-1)
+    scores = score_tokens(logits, best, Distribution(**options, min_p_first=False))
+    expected_logps = torch.log_softmax(expected_logits, -1)
+    torch.testing.assert_close(scores.logps, expected_logps.gather(1, best[:, None])[:, 0])
+    p = expected_logps.exp()
+    torch.testing.assert_close(scores.entropy, torch.special.entr(p).sum(-1), atol=1e-6, rtol=1e-5)
     gradients = [
         torch.autograd.grad(value.sum(), logits, retain_graph=True)[0]
-        for value in (ours.logps, own.gather(1, best[:, None]))
+        for value in (scores.logps, expected_logps.gather(1, best[:, None]))
     ]
     torch.testing.assert_close(*gradients)
-    entropy = torch.autograd.grad(ours.entropy.sum(), logits)[0]
+    entropy = torch.autograd.grad(scores.entropy.sum(), logits)[0]
     assert bool(entropy.isfinite().all())
     assert bool((entropy[p == 0] == 0).all())
 
 
-def test_the_order_is_the_engines() -> None:
+def test_min_p_is_applied_in_the_order_of_the_engine() -> None:
     """Min-p before or after top-p: probabilities are those of the set at that moment."""
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.15]]).log()
     before = Distribution(top_p=0.7, min_p=0.35)
@@ -89,61 +89,68 @@ def test_the_order_is_the_engines() -> None:
     assert kept_mask(logits, after).tolist() == [[True, True, False, False]]
 
 
-def test_penalties_look_at_what_came_before() -> None:
-    ids, _, places, logits = world()
-    how = Distribution(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=-0.2)
-    ours = score_tokens(logits, tokens_of(ids, places), how, places)
-    for n, (row, place) in enumerate(zip(*places[1:], strict=True)):
+def test_penalties_use_only_earlier_tokens() -> None:
+    ids, _, positions, logits = make_case()
+    distribution = Distribution(
+        repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=-0.2
+    )
+    scores = score_tokens(logits, tokens_at(ids, positions), distribution, positions)
+    for n, (row, place) in enumerate(zip(*positions[1:], strict=True)):
         begin = 2 if row == 0 else 0
         before, drawn = ids[row : row + 1, begin:place], ids[row, START:place]
-        theirs = RepetitionPenaltyLogitsProcessor(1.3)(before, logits[n : n + 1])[0]
+        expected_logits = RepetitionPenaltyLogitsProcessor(1.3)(before, logits[n : n + 1])[0]
         for token in drawn.tolist():
-            theirs[token] += 0.2
+            expected_logits[token] += 0.2
         for token in set(drawn.tolist()):
-            theirs[token] -= 0.4
-        expected = torch.log_softmax(theirs, -1)[ids[row, place]]
-        torch.testing.assert_close(ours.logps[n], expected)
+            expected_logits[token] -= 0.4
+        expected = torch.log_softmax(expected_logits, -1)[ids[row, place]]
+        torch.testing.assert_close(scores.logps[n], expected)
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_chunks_change_nothing(size: int) -> None:
-    ids, texts, places, logits = world()
-    how = Distribution(top_p=0.8, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3)
-    tokens = tokens_of(ids, places)
-    whole = score_tokens(logits, tokens, how, places)
-    cut = zip(*(x.split(size) for x in (logits, tokens, *places[1:])), strict=True)
-    parts = [score_tokens(some, t, how, TokenPositions(texts, r, p)) for some, t, r, p in cut]
-    torch.testing.assert_close(torch.cat([one.logps for one in parts]), whole.logps)
-    torch.testing.assert_close(torch.cat([one.entropy for one in parts]), whole.entropy)
+def test_splitting_into_chunks_does_not_change_scores(size: int) -> None:
+    ids, history, positions, logits = make_case()
+    distribution = Distribution(
+        top_p=0.8, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3
+    )
+    tokens = tokens_at(ids, positions)
+    all_scores = score_tokens(logits, tokens, distribution, positions)
+    chunks = zip(*(x.split(size) for x in (logits, tokens, *positions[1:])), strict=True)
+    parts = [
+        score_tokens(some, t, distribution, TokenPositions(history, r, p))
+        for some, t, r, p in chunks
+    ]
+    torch.testing.assert_close(torch.cat([one.logps for one in parts]), all_scores.logps)
+    torch.testing.assert_close(torch.cat([one.entropy for one in parts]), all_scores.entropy)
 
 
 def test_a_sampled_token_outside_the_set_counts_as_kept() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, -4.0]], requires_grad=True)
-    scored = score_tokens(logits, torch.tensor([3]), Distribution(top_k=2))
+    scores = score_tokens(logits, torch.tensor([3]), Distribution(top_k=2))
     expected = torch.log_softmax(torch.tensor([3.0, 2.0, -4.0]), -1)[2]
-    torch.testing.assert_close(scored.logps[0], expected)
-    (scored.logps + scored.entropy).sum().backward()
+    torch.testing.assert_close(scores.logps[0], expected)
+    (scores.logps + scores.entropy).sum().backward()
     assert logits.grad is not None
     assert logits.grad[0].isfinite().all()
     assert logits.grad[0, 2] == 0
 
 
-def test_what_keeps_all_is_the_softmax() -> None:
-    _, _, _, logits = world()
+def test_without_truncation_the_distribution_is_the_softmax() -> None:
+    _, _, _, logits = make_case()
     tokens = torch.arange(len(logits))
-    for off in (Distribution(), Distribution(top_k=-1), Distribution(top_k=VOCAB * 2)):
+    for distribution in (Distribution(), Distribution(top_k=-1), Distribution(top_k=VOCAB * 2)):
         plain = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
-        torch.testing.assert_close(score_tokens(logits, tokens, off).logps, plain)
+        torch.testing.assert_close(score_tokens(logits, tokens, distribution).logps, plain)
     assert Distribution(temperature=0.3, top_k=-1).is_plain
     assert not Distribution(repetition_penalty=1.1).is_plain
     with pytest.raises(ValueError, match="penalties depend on earlier tokens"):
         score_tokens(logits, tokens, Distribution(presence_penalty=1.0))
 
 
-def test_bfloat16_logits_are_worked_on_in_float32() -> None:
-    _, _, _, logits = world()
+def test_bfloat16_logits_are_scored_in_float32() -> None:
+    _, _, _, logits = make_case()
     tokens = logits.argmax(-1)
-    low = score_tokens(logits.bfloat16(), tokens, Distribution(top_p=0.9))
-    assert low.logps.dtype == low.entropy.dtype == torch.float32
-    same = score_tokens(logits.bfloat16().float(), tokens, Distribution(top_p=0.9))
-    torch.testing.assert_close(low.logps, same.logps)
+    bfloat16_scores = score_tokens(logits.bfloat16(), tokens, Distribution(top_p=0.9))
+    assert bfloat16_scores.logps.dtype == bfloat16_scores.entropy.dtype == torch.float32
+    float32_scores = score_tokens(logits.bfloat16().float(), tokens, Distribution(top_p=0.9))
+    torch.testing.assert_close(bfloat16_scores.logps, float32_scores.logps)

@@ -85,7 +85,7 @@ def trainer(request, tmp_path_factory):
     return made
 
 
-def batch(*, old=False, tools=False, beta=0.0, dead=True):
+def make_batch(*, old=False, tools=False, beta=0.0, dead=True):
     """What TRL's loss is given: prompts padded on the left, completions on the right."""
     draw = torch.Generator().manual_seed(11)
     rows, longest = len(PROMPTS), max(PROMPTS)
@@ -120,7 +120,7 @@ def batch(*, old=False, tools=False, beta=0.0, dead=True):
     return inputs
 
 
-def scored(trainer, inputs):
+def score(trainer, inputs):
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def scored(trainer, inputs):
     return logps[real], entropy[real]
 
 
-def gradient(trainer, inputs):
+def compute_gradient(trainer, inputs):
     """(loss, the adapter's gradient) of one micro-batch, through the trainer's own cut."""
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, dict(inputs))
@@ -153,13 +153,13 @@ def as_written(trainer, request):
     trainer.padding_free, trainer.pack_tokens = True, None
 
 
-def test_scores_are_those_of_a_padded_pass(trainer):
-    inputs = batch()
-    packed = scored(trainer, inputs)
+def test_packed_scores_equal_padded_scores(trainer):
+    inputs = make_batch()
+    packed = score(trainer, inputs)
     assert trainer._reason_against_packs(trainer.model) is None
     trainer.padding_free = False
     try:
-        padded = scored(trainer, inputs)
+        padded = score(trainer, inputs)
     finally:
         trainer.padding_free = True
     for mine, theirs in zip(packed, padded, strict=True):
@@ -167,17 +167,17 @@ def test_scores_are_those_of_a_padded_pass(trainer):
 
 
 @pytest.mark.parametrize("as_written", LOSSES.values(), ids=list(LOSSES), indirect=True)
-def test_every_cut_gives_the_gradient_of_a_padded_batch(as_written):
+def test_every_split_gives_the_gradient_of_a_padded_batch(as_written):
     trainer, made = as_written
-    inputs = batch(**made)
+    inputs = make_batch(**made)
     trainer.padding_free = False
-    loss, theirs = gradient(trainer, inputs)
+    loss, theirs = compute_gradient(trainer, inputs)
     assert theirs.norm() > 0
     trainer.padding_free, trainer.micro_rows = True, 8
     cuts = []
     for tokens in SPLITS.values():
         trainer.pack_tokens = tokens
-        own_loss, mine = gradient(trainer, inputs)
+        own_loss, mine = compute_gradient(trainer, inputs)
         cuts.append(trainer.part_count)
         # Two rows have no advantage; with a reference they have a term of the loss nevertheless.
         left_out = 0 if made["beta"] else 2 / 8

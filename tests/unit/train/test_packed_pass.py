@@ -12,21 +12,21 @@ from toolkit.train.grpo_config import GRPOConfig
 from toolkit.train.trainer import GRPOTrainer
 
 
-class Padded(GRPOTrainer):
+class PaddedTrainer(GRPOTrainer):
     def __init__(self, *, args, **kwargs):
         args.padding_free = False
         super().__init__(args=args, **kwargs)
 
 
-def moved(trainer):
-    """What three steps of plain gradient descent did to the adapter: the gradients."""
+def adapter_change(trainer):
+    """The change of the adapter after some SGD steps, which shows the gradients."""
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     after = dict(trainer.model.named_parameters())
     return torch.cat([(after[n].detach() - p).flatten() for n, p in before.items()])
 
 
-def logs(trainer):
+def loss_rows(trainer):
     return [row for row in trainer.state.log_history if "loss" in row]
 
 
@@ -65,9 +65,9 @@ GRADIENTS = {
 CLOCKS = ("time", "runtime", "per_second")
 
 
-def trained(folder, kind, **grpo):
+def train(folder, kind, **grpo):
     trainer = make_trainer(folder, kind=kind, **{**GRADIENTS, **grpo})
-    return trainer, moved(trainer)
+    return trainer, adapter_change(trainer)
 
 
 @pytest.mark.parametrize(
@@ -79,26 +79,26 @@ def trained(folder, kind, **grpo):
     ],
 )
 def test_packs_give_the_gradient_and_the_metrics_of_a_padded_batch(tmp_path, case, engine):
-    packed, mine = trained(tmp_path / "a", GRPOTrainer, engine=engine, **CASES[case])
-    padded, theirs = trained(tmp_path / "b", Padded, engine=engine, **CASES[case])
+    packed, packed_change = train(tmp_path / "a", GRPOTrainer, engine=engine, **CASES[case])
+    padded, padded_change = train(tmp_path / "b", PaddedTrainer, engine=engine, **CASES[case])
     assert packed._reason_against_packs(packed.model) is None
-    assert theirs.norm() > 0
-    assert (mine - theirs).norm() < 1e-5 * theirs.norm()
-    for own, other in zip(logs(packed), logs(padded), strict=True):
-        assert own.keys() >= other.keys()
-        for name, value in other.items():
-            # Rows without an advantage are not computed: entropy is that of the others.
-            near = 1e-2 if name == "entropy" else 1e-5
+    assert padded_change.norm() > 0
+    assert (packed_change - padded_change).norm() < 1e-5 * padded_change.norm()
+    for packed_row, padded_row in zip(loss_rows(packed), loss_rows(padded), strict=True):
+        assert packed_row.keys() >= padded_row.keys()
+        for name, value in padded_row.items():
+            # The pass leaves out rows without an advantage, so the entropy is that of the others.
+            tolerance = 1e-2 if name == "entropy" else 1e-5
             if not any(clock in name for clock in CLOCKS):
-                assert own[name] == pytest.approx(value, rel=near, abs=1e-6), name
+                assert packed_row[name] == pytest.approx(value, rel=tolerance, abs=1e-6), name
 
 
 def test_a_model_without_an_adapter_has_a_separate_reference(tmp_path):
     """TRL then loads a second model as the reference, and its head computes no entropy."""
     make_model(3).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    found = {}
-    for kind in (GRPOTrainer, Padded):
+    results = {}
+    for kind in (GRPOTrainer, PaddedTrainer):
         trainer = kind(
             model=str(tmp_path / "model"),
             reward_funcs=ones,
@@ -106,9 +106,9 @@ def test_a_model_without_an_adapter_has_a_separate_reference(tmp_path):
             train_dataset=Dataset.from_list(ROWS),
             processing_class=make_tokenizer(),
         )
-        found[kind] = moved(trainer), [row["kl"] for row in logs(trainer)]
-    (mine, kl), (theirs, their_kl) = found[GRPOTrainer], found[Padded]
-    assert theirs.norm() > 0
-    assert (mine - theirs).norm() < 1e-5 * theirs.norm()
-    assert kl == pytest.approx(their_kl, rel=1e-4, abs=1e-7)
+        results[kind] = adapter_change(trainer), [row["kl"] for row in loss_rows(trainer)]
+    (packed_change, kl), (padded_change, padded_kl) = results[GRPOTrainer], results[PaddedTrainer]
+    assert padded_change.norm() > 0
+    assert (packed_change - padded_change).norm() < 1e-5 * padded_change.norm()
+    assert kl == pytest.approx(padded_kl, rel=1e-4, abs=1e-7)
     assert max(kl) > 0

@@ -1,4 +1,4 @@
-"""How a batch is cut into packs: by lengths alone, evenly, and in exactly as many as asked for."""
+"""How rows are distributed over packs: by their lengths, evenly, and over the requested number."""
 
 from __future__ import annotations
 
@@ -9,35 +9,37 @@ import pytest
 from toolkit.train.step.packing import Row, count_pack_tokens, even_packs, split_rows
 
 
-def batch(seed: int, groups: int = 5, members: int = 4, longest: int = 60) -> list[Row]:
-    draw = random.Random(seed)
-    prompts = [tuple(range(number, number + draw.randint(1, 20))) for number in range(groups)]
-    rows = [(prompt, draw.choice([0, 1, draw.randint(1, longest)])) for prompt in prompts * members]
-    draw.shuffle(rows)
+def make_rows(seed: int, groups: int = 5, group_size: int = 4, max_length: int = 60) -> list[Row]:
+    rng = random.Random(seed)
+    prompts = [tuple(range(number, number + rng.randint(1, 20))) for number in range(groups)]
+    rows = [
+        (prompt, rng.choice([0, 1, rng.randint(1, max_length)])) for prompt in prompts * group_size
+    ]
+    rng.shuffle(rows)
     return [Row(number, prompt, length) for number, (prompt, length) in enumerate(rows)]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_packs_hold_every_row_once_and_fit(seed: int) -> None:
-    rows, limit = batch(seed), 100
+def test_packs_have_every_row_once_and_respect_the_limit(seed: int) -> None:
+    rows, limit = make_rows(seed), 100
     packs = split_rows(rows, limit)
     assert sorted(row for pack in packs for row in pack) == rows
     assert all(count_pack_tokens(pack) <= limit for pack in packs)
-    least = -(-count_pack_tokens(rows) // limit)
-    assert least <= len(packs) <= 2 * least + 1
+    min_packs = -(-count_pack_tokens(rows) // limit)
+    assert min_packs <= len(packs) <= 2 * min_packs + 1
     assert packs == split_rows(list(rows), limit)
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("number", [1, 2, 7, 20, 30])
-def test_a_number_that_was_agreed_on_is_kept(seed: int, number: int) -> None:
-    rows = batch(seed)
+def test_even_packs_returns_the_requested_number(seed: int, number: int) -> None:
+    rows = make_rows(seed)
     packs = even_packs(rows, number)
     assert len(packs) == number
     assert sorted(row for pack in packs for row in pack) == rows
 
 
-def test_a_group_stays_together_where_it_fits() -> None:
+def test_a_group_stays_in_one_pack_if_it_fits() -> None:
     first, second = (1, 2, 3), (4, 5, 6)
     rows = [Row(n, first if n % 2 else second, 10) for n in range(8)]
     packs = split_rows(rows, 45)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Started(GRPOTrainer):
-    """On a model whose adapter is not fresh: B is no zero."""
+class TrainerWithStartedAdapter(GRPOTrainer):
+    """A trainer of a model with a trained adapter (lora_B is not zero)."""
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -31,24 +31,31 @@ class Started(GRPOTrainer):
         super().__init__(model, *args, **kwargs)
 
 
-def adapters(trainer: Any, name: str) -> dict[str, torch.Tensor]:
-    found = trainer.model.named_parameters()
-    return {n.replace(f".{name}.", "."): p.detach().clone() for n, p in found if f".{name}." in n}
+def adapter_tensors(trainer: Any, name: str) -> dict[str, torch.Tensor]:
+    parameters = trainer.model.named_parameters()
+    return {
+        n.replace(f".{name}.", "."): p.detach().clone() for n, p in parameters if f".{name}." in n
+    }
 
 
 @pytest.mark.parametrize("engine", [False, True], ids=["transformers", "engine"])
 def test_the_reference_is_the_starting_adapter(tmp_path: Path, engine: bool) -> None:
     trainer = make_trainer(
-        tmp_path, engine=engine, kind=Started, rewards=short, max_steps=2, beta=0.2
+        tmp_path,
+        engine=engine,
+        kind=TrainerWithStartedAdapter,
+        rewards=short,
+        max_steps=2,
+        beta=0.2,
     )
-    start = adapters(trainer, "default")
+    start = adapter_tensors(trainer, "default")
     trainer.train()
     rows = history(trainer)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert rows[1]["kl"] > 1e-5
-    kept, trained = adapters(trainer, "ref"), adapters(trainer, "default")
-    assert kept.keys() == start.keys()
-    assert all(torch.equal(kept[name], start[name]) for name in start)
+    reference, trained = adapter_tensors(trainer, "ref"), adapter_tensors(trainer, "default")
+    assert reference.keys() == start.keys()
+    assert all(torch.equal(reference[name], start[name]) for name in start)
     assert any(not torch.equal(trained[name], start[name]) for name in start)
     save_lora(trainer.model, tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
@@ -57,18 +64,18 @@ def test_the_reference_is_the_starting_adapter(tmp_path: Path, engine: bool) -> 
     assert not (tmp_path / "saved" / "ref").exists()
 
 
-def test_the_copy_is_not_rounded_on_a_packed_base(
+def test_the_reference_adapter_is_not_rounded_on_a_4_bit_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TRL casts all adapters of a model in 4 bits to bfloat16, its copy too."""
-    built = Trl.__init__
+    """TRL converts all adapters of a 4-bit model to bfloat16, including the reference adapter."""
+    original_init = Trl.__init__
 
-    def packed(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    def init_in_4_bit(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         model.is_loaded_in_4bit = True
-        built(self, model, *args, **kwargs)
+        original_init(self, model, *args, **kwargs)
 
-    monkeypatch.setattr(Trl, "__init__", packed)
-    trainer = make_trainer(tmp_path, kind=Started, beta=0.2)
-    kept, trained = adapters(trainer, "ref"), adapters(trainer, "default")
-    assert {value.dtype for value in kept.values()} == {torch.float32}
-    assert all(torch.equal(kept[name], trained[name]) for name in trained)
+    monkeypatch.setattr(Trl, "__init__", init_in_4_bit)
+    trainer = make_trainer(tmp_path, kind=TrainerWithStartedAdapter, beta=0.2)
+    reference, trained = adapter_tensors(trainer, "ref"), adapter_tensors(trainer, "default")
+    assert {value.dtype for value in reference.values()} == {torch.float32}
+    assert all(torch.equal(reference[name], trained[name]) for name in trained)

@@ -39,9 +39,9 @@ def handled_signals() -> tuple[signal.Signals, ...]:
 class StopSignals:
     """Records the first signal that was received, and decides when this signal may stop the run.
 
-    ``immediate`` is true while there is nothing to save (loading, checks). A signal then stops the
-    run at once. If ``abandon`` is False, no step is interrupted, because all ranks must stop at the
-    same step.
+    ``stops_immediately`` is true while there is nothing to save (loading, checks). A signal then
+    stops the run at once. If ``abandon`` is False, no step is interrupted, because all ranks must
+    stop at the same step.
     """
 
     def __init__(self, *, abandon: bool = True, grace_s: float | None = None) -> None:

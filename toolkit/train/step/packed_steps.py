@@ -58,7 +58,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
         Later ``row_parts`` splits the merged batch by the lengths of its rows, and keeps the
         completions of a prompt together. The gradient does not depend on this split, unless one of
-        the settings in ``CUT_MATTERS`` is used. With such a setting, micro-batches are not merged.
+        the settings in ``SPLIT_DEPENDENT_FIELDS`` is used. With such a setting, micro-batches are
+        not merged.
         """
         self.padding_free = getattr(args, "padding_free", True)
         if (
@@ -272,7 +273,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
         Such a row gets the old log-probabilities, or those of the sampler if there are no old
         log-probabilities. With these values, each probability ratio of the row is 1. The entropy of
-        the row is 0. ``own_entropy`` uses only the rows that were computed.
+        the row is 0. ``corrected_entropy_metric`` uses only the rows that were computed.
         """
         if not inputs:  # outside the loss: old or reference log-probabilities
             return scores
