@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz_loop import Change, Round, attack, change, main, mutated, timed
+from fuzz_loop import Change, Round, change, main, measure_seconds, mutate, run_inputs
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -44,12 +44,12 @@ words = st.sampled_from(["all-linear", "q_proj", "LORA", "IA3", "none", "all", "
 values = scalars | words | st.lists(scalars | words, max_size=3)
 values = values | st.dictionaries(st.text(max_size=6), values, max_size=2)
 CONFIG = st.dictionaries(st.sampled_from(KEYS), values, max_size=3)
-WHOLE = st.sampled_from(
+RAW_CONFIGS = st.sampled_from(
     [None] * 5 + [b"", b"[]", b"null", b"[" * 9000, b'{"r": ' + b"9" * 9000 + b"}"]
 )
 INPUT = (
     CONFIG,
-    WHOLE,
+    RAW_CONFIGS,
     st.lists(change, max_size=2),
     st.lists(change, max_size=2),
     st.none()
@@ -58,7 +58,7 @@ INPUT = (
 )
 
 
-def judge(
+def check_input(
     folder: Path,
     config: dict[str, Any],
     whole: bytes | None,
@@ -68,12 +68,12 @@ def judge(
 ) -> float:
     """One adapter's folder; the seconds that it took."""
     text = json.dumps(GOOD | config).encode() if whole is None else whole
-    (folder / ADAPTER_CONFIG).write_bytes(mutated(text, in_config[1:]))
-    (folder / ADAPTER_WEIGHTS).write_bytes(mutated(TENSORS, in_weights[:-1]))
+    (folder / ADAPTER_CONFIG).write_bytes(mutate(text, in_config[1:]))
+    (folder / ADAPTER_WEIGHTS).write_bytes(mutate(TENSORS, in_weights[:-1]))
     (folder / BASE_FILE).unlink(missing_ok=True)
     if base is not None:
         (folder / BASE_FILE).write_bytes(base)
-    return timed(lambda: _read(folder))
+    return measure_seconds(lambda: _read(folder))
 
 
 def _read(folder: Path) -> None:
@@ -81,11 +81,11 @@ def _read(folder: Path) -> None:
         read_adapter(folder)
 
 
-def round_of(one: tuple[int, int]) -> Round:
+def run_round(one: tuple[int, int]) -> Round:
     """One round."""
     with tempfile.TemporaryDirectory() as folder:
-        return attack(lambda *drawn: judge(Path(folder), *drawn), *one, *INPUT)
+        return run_inputs(lambda *drawn: check_input(Path(folder), *drawn), *one, *INPUT)
 
 
 if __name__ == "__main__":
-    sys.exit(main(round_of, "Adapters:", count=20_000, megabytes=MEGABYTES))
+    sys.exit(main(run_round, "Adapters:", count=20_000, megabytes=MEGABYTES))

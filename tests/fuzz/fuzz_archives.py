@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from fuzz_loop import Change, Round, attack, change, main, mutated, timed
+from fuzz_loop import Change, Round, change, main, measure_seconds, mutate, run_inputs
 from hypothesis import strategies as st
 
 from toolkit.base.archives import unpack
@@ -45,7 +45,9 @@ FORMS = st.sampled_from(["tar", "tgz", "tbz", "txz", "zip"])
 PACK = {"tar": bytes, "tgz": gzip.compress, "tbz": bz2.compress, "txz": lzma.compress}
 
 
-def made(members: list[tuple[str, bytes, bytes, int | None]], form: str, pax: bool) -> bytes:
+def build_archive(
+    members: list[tuple[str, bytes, bytes, int | None]], form: str, pax: bool
+) -> bytes:
     """An archive of the members, with the sizes that they claim."""
     if form == "zip":
         return _zip(members)
@@ -83,20 +85,20 @@ def _zip(members: list[tuple[str, bytes, bytes, int | None]]) -> bytes:
 INPUT = (st.lists(MEMBER, max_size=4), FORMS, st.booleans(), st.lists(change, max_size=3))
 
 
-def judge(folder: Path, members: Any, form: str, pax: bool, changes: list[Change]) -> float:
+def check_input(folder: Path, members: Any, form: str, pax: bool, changes: list[Change]) -> float:
     """One archive; the seconds that it took."""
     path, into = folder / "packed" / f"a.{form}", folder / "into"
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(mutated(made(members, form, pax), changes))
+    path.write_bytes(mutate(build_archive(members, form, pax), changes))
     shutil.rmtree(into, ignore_errors=True)
-    took = timed(lambda: _unpacked(path, into))
+    took = measure_seconds(lambda: _unpack_and_check(path, into))
     assert sorted(one.name for one in folder.iterdir() if one != into) == ["packed"]
     assert [one.name for one in path.parent.iterdir()] == [path.name]
     path.unlink()
     return took
 
 
-def _unpacked(path: Path, into: Path) -> None:
+def _unpack_and_check(path: Path, into: Path) -> None:
     refused = ""
     try:
         unpack(path, into, limit_bytes=LIMIT_BYTES)
@@ -111,11 +113,11 @@ def _unpacked(path: Path, into: Path) -> None:
     assert size <= LIMIT_BYTES
 
 
-def round_of(one: tuple[int, int]) -> Round:
+def run_round(one: tuple[int, int]) -> Round:
     """One round."""
     with tempfile.TemporaryDirectory() as folder:
-        return attack(lambda *drawn: judge(Path(folder), *drawn), *one, *INPUT)
+        return run_inputs(lambda *drawn: check_input(Path(folder), *drawn), *one, *INPUT)
 
 
 if __name__ == "__main__":
-    sys.exit(main(round_of, "Archives:", count=20_000, megabytes=MEGABYTES))
+    sys.exit(main(run_round, "Archives:", count=20_000, megabytes=MEGABYTES))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from fuzz_loop import Change, Round, attack, change, main, mutated, timed
+from fuzz_loop import Change, Round, change, main, measure_seconds, mutate, run_inputs
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -56,10 +56,10 @@ chats = st.fixed_dictionaries({"prompt": messages | messages.map(json.dumps)})
 ROWS = st.lists(row, max_size=4) | st.lists(plain, max_size=4) | st.lists(chats, max_size=4)
 
 
-def made(rows: list[dict[str, Any]], suffix: str) -> bytes:
+def encode_rows(rows: list[dict[str, Any]], suffix: str) -> bytes:
     """A file of ``rows``; of what the kind cannot hold, something near it."""
     if suffix.endswith(".gz"):
-        return gzip.compress(made(rows, suffix.removesuffix(".gz")), compresslevel=1)
+        return gzip.compress(encode_rows(rows, suffix.removesuffix(".gz")), compresslevel=1)
     if suffix in (".parquet", ".arrow"):
         return _table(rows, suffix)
     if suffix in (".csv", ".tsv"):
@@ -97,21 +97,21 @@ INPUT = (
 )
 
 
-def judge(
+def check_input(
     folder: Path, rows: list[dict[str, Any]], suffix: str, changes: list[Change], limit: int | None
 ) -> float:
     """One file through both readers; the seconds that it took."""
     path = folder / f"data{suffix}"
-    path.write_bytes(mutated(made(rows, suffix), changes))
-    return timed(lambda: _both(path, limit))
+    path.write_bytes(mutate(encode_rows(rows, suffix), changes))
+    return measure_seconds(lambda: _compare_scan_and_training(path, limit))
 
 
-def _both(path: Path, limit: int | None) -> None:
+def _compare_scan_and_training(path: Path, limit: int | None) -> None:
     _read.cache_clear()
     facts = _read(path, DataSelection("prompt", "answer"), "train", (0, 0))
     refused = None
     try:
-        _used(read_data_file(path, limit).table)
+        _read_every_row(read_data_file(path, limit).table)
     except ToolkitError as error:
         refused = error
     seen = facts.is_complete and facts.columns is not None
@@ -121,7 +121,7 @@ def _both(path: Path, limit: int | None) -> None:
         assert facts.problem in (None, "has no rows"), f"only validate refuses it: {facts}"
 
 
-def _used(table: pa.Table) -> None:
+def _read_every_row(table: pa.Table) -> None:
     """What training does next with the columns."""
     if "prompt" in table.column_names:
         found, _ = data_checks.parse_prompts(table["prompt"].to_pylist())
@@ -132,11 +132,11 @@ def _used(table: pa.Table) -> None:
         assert isinstance(one, dict)
 
 
-def round_of(one: tuple[int, int]) -> Round:
+def run_round(one: tuple[int, int]) -> Round:
     """One round."""
     with tempfile.TemporaryDirectory() as folder:
-        return attack(lambda *drawn: judge(Path(folder), *drawn), *one, *INPUT)
+        return run_inputs(lambda *drawn: check_input(Path(folder), *drawn), *one, *INPUT)
 
 
 if __name__ == "__main__":
-    sys.exit(main(round_of, "Data files:", count=20_000, megabytes=MEGABYTES))
+    sys.exit(main(run_round, "Data files:", count=20_000, megabytes=MEGABYTES))

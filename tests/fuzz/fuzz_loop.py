@@ -1,7 +1,9 @@
-"""What the fuzz scripts share: draw inputs in rounds on several processes, judge each, tell.
+"""The loop of the fuzz scripts. It draws inputs in rounds on several processes, checks each input,
+and prints the result.
 
-A judge raises AssertionError (or anything else) for an input that is not refused as it should be;
-an input may take SECONDS_EACH of processor time, the process a number of megabytes.
+``check_input`` raises AssertionError or another exception if a reader does not refuse an input as
+it should. An input may take MAX_SECONDS_PER_INPUT of processor time. The memory of a process is
+limited to a number of megabytes.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from hypothesis import strategies as st
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SECONDS_EACH = 2.0
-ROUND = 1000
+MAX_SECONDS_PER_INPUT = 2.0
+INPUTS_PER_ROUND = 1000
 
 Round = tuple[int, float, float]  # inputs, the longest's seconds, peak megabytes
 
@@ -29,7 +31,7 @@ change = st.tuples(st.floats(0, 1), st.floats(0, 0.2), chunk, st.integers(0, 3))
 Change = tuple[float, float, bytes, int]
 
 
-def mutated(base: bytes, changes: list[Change]) -> bytes:
+def mutate(base: bytes, changes: list[Change]) -> bytes:
     """``base`` with pieces replaced: each change names where, how much goes, and what comes,
     repeated.
     """
@@ -40,20 +42,22 @@ def mutated(base: bytes, changes: list[Change]) -> bytes:
     return base
 
 
-def timed(call: Callable[[], None]) -> float:
+def measure_seconds(call: Callable[[], None]) -> float:
     """The seconds of processor time that ``call`` took, which are bounded."""
     start = time.process_time()
     call()
-    took = time.process_time() - start
-    assert took < SECONDS_EACH, f"{took:.1f} s for one input"
-    return took
+    elapsed_s = time.process_time() - start
+    assert elapsed_s < MAX_SECONDS_PER_INPUT, f"{elapsed_s:.1f} s for one input"
+    return elapsed_s
 
 
-def attack(judge: Callable[..., float], count: int, number: int, *drawn: Any) -> Round:
-    """One round of ``count`` inputs, drawn from seed ``number``."""
-    done = {"inputs": 0, "longest": 0.0}
+def run_inputs(
+    check_input: Callable[..., float], count: int, seed_number: int, *strategies: Any
+) -> Round:
+    """One round of ``count`` inputs, drawn from seed ``seed_number``."""
+    progress = {"inputs": 0, "longest": 0.0}
 
-    @seed(number)
+    @seed(seed_number)
     @settings(
         max_examples=count,
         deadline=None,
@@ -61,42 +65,46 @@ def attack(judge: Callable[..., float], count: int, number: int, *drawn: Any) ->
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.tuples(*drawn))
-    def one(values: tuple[Any, ...]) -> None:
-        done["longest"] = max(done["longest"], judge(*values))
-        done["inputs"] += 1
+    @given(st.tuples(*strategies))
+    def check_one_input(values: tuple[Any, ...]) -> None:
+        progress["longest"] = max(progress["longest"], check_input(*values))
+        progress["inputs"] += 1
 
-    one()
+    check_one_input()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return int(done["inputs"]), done["longest"], peak
+    return int(progress["inputs"]), progress["longest"], peak
 
 
 def main(
-    round_of: Callable[[tuple[int, int]], Round], what: str, *, count: int, megabytes: float
+    run_round: Callable[[tuple[int, int]], Round], description: str, *, count: int, megabytes: float
 ) -> int:
-    """Draw, judge, tell. ``round_of`` is a function of the script's module."""
-    parser = argparse.ArgumentParser(description=what)
+    """Draw and check the inputs, and print the result. ``run_round`` belongs to the script."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("count", nargs="?", type=int, default=count)
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop drawing after so long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     start = time.monotonic()
     # In rounds, so that the clock is looked at: hypothesis itself cannot be told to stop. A round
     # is drawn from its number, so that the inputs are the same with any number of workers.
     rounds = [
-        (min(ROUND, asked.count - begin), asked.seed + begin)
-        for begin in range(0, asked.count, ROUND)
+        (min(INPUTS_PER_ROUND, arguments.count - begin), arguments.seed + begin)
+        for begin in range(0, arguments.count, INPUTS_PER_ROUND)
     ]
     inputs, longest, peak = 0, 0.0, 0.0
-    with multiprocessing.get_context("spawn").Pool(asked.workers) as pool:
-        for found in pool.imap_unordered(round_of, rounds):
-            inputs, longest, peak = inputs + found[0], max(longest, found[1]), max(peak, found[2])
-            if time.monotonic() - start > asked.seconds:
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
+        for round_result in pool.imap_unordered(run_round, rounds):
+            inputs, longest, peak = (
+                inputs + round_result[0],
+                max(longest, round_result[1]),
+                max(peak, round_result[2]),
+            )
+            if time.monotonic() - start > arguments.seconds:
                 break
-    took = time.monotonic() - start
+    elapsed_s = time.monotonic() - start
     print(
-        f"{what} {inputs} inputs in {took:.0f} s: no traceback, the longest took "
+        f"{description} {inputs} inputs in {elapsed_s:.0f} s: no traceback, the longest took "
         f"{longest:.3f} s, peak {peak:.0f} MB"
     )
     return 0 if peak < megabytes else 1

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fuzz_loop import SECONDS_EACH, Round, attack, main, mutated
+from fuzz_loop import MAX_SECONDS_PER_INPUT, Round, main, mutate, run_inputs
 from hypothesis import strategies as st
 
 from toolkit.cli.findings import PRINTERS
@@ -59,7 +59,7 @@ def nested(unit: tuple[bytes, bytes], depth: int, core: bytes) -> bytes:
     return unit[0] * depth + core + unit[1] * depth
 
 
-def bomb(levels: int, width: int) -> bytes:
+def alias_bomb(levels: int, width: int) -> bytes:
     """Aliases of aliases."""
     lines = [b"a0: &a0 [x, x]"]
     for level in range(1, levels):
@@ -83,7 +83,7 @@ INPUT = (
     st.binary(max_size=120)
     | st.text(max_size=80).map(lambda text: text.encode("utf-8", "surrogatepass"))
     | st.tuples(st.sampled_from(CORPUS), st.lists(change, max_size=5)).map(
-        lambda pair: mutated(*pair)
+        lambda pair: mutate(*pair)
     )
     | st.tuples(
         st.sampled_from(CORPUS),
@@ -91,7 +91,7 @@ INPUT = (
     ).map(lambda pair: pair[0].decode("latin-1").encode(pair[1], "replace"))
     | st.lists(st.sampled_from(WORDS), max_size=40).map(b"".join)
     | st.builds(nested, st.sampled_from(BRACKETS), st.integers(0, 3000), st.sampled_from(WORDS))
-    | st.builds(bomb, st.integers(1, 40), st.integers(1, 40))
+    | st.builds(alias_bomb, st.integers(1, 40), st.integers(1, 40))
     | st.tuples(st.sampled_from(WORDS), st.integers(0, 20_000)).map(
         lambda pair: b"model: " + pair[0] * pair[1]
     )
@@ -107,7 +107,7 @@ OVERRIDE = st.sampled_from(
 )
 
 
-def judge(path: Path, form: str, override: str | None, fix: bool = False) -> float:
+def check_input(path: Path, form: str, override: str | None, fix: bool = False) -> float:
     """One input through the command; the seconds of processor time that it took."""
     arguments = [str(path), "--format", form]
     if override is not None:
@@ -125,22 +125,22 @@ def judge(path: Path, form: str, override: str | None, fix: bool = False) -> flo
     took = time.process_time() - start
     assert code in CODES, f"exit code {code}"
     assert output.getvalue() or form == "github", "an exit code and nothing said"
-    assert took < SECONDS_EACH, f"{took:.1f} s for one input"
+    assert took < MAX_SECONDS_PER_INPUT, f"{took:.1f} s for one input"
     return took
 
 
-def round_of(one: tuple[int, int]) -> Round:
+def run_round(one: tuple[int, int]) -> Round:
     """One round."""
     with tempfile.TemporaryDirectory() as folder:
         files = {suffix: Path(folder) / f"run{suffix}" for suffix in SUFFIXES}
 
         def judged(data: bytes, suffix: str, form: str, override: str | None, fix: bool) -> float:
             files[suffix].write_bytes(data)
-            return judge(files[suffix], form, override, fix)
+            return check_input(files[suffix], form, override, fix)
 
         drawn = (st.sampled_from(SUFFIXES), st.sampled_from(list(PRINTERS)), OVERRIDE, FIX)
-        return attack(judged, *one, INPUT, *drawn)
+        return run_inputs(judged, *one, INPUT, *drawn)
 
 
 if __name__ == "__main__":
-    sys.exit(main(round_of, "Run files:", count=100_000, megabytes=MEGABYTES))
+    sys.exit(main(run_round, "Run files:", count=100_000, megabytes=MEGABYTES))

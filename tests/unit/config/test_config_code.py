@@ -70,5 +70,5 @@ def test_a_file_beside_the_run_does_not_hide_the_standard_library(tmp_path: Path
         ("mine", [""], False),
     ],
 )
-def test_what_is_allowed(module: str, allow: list[str], allowed: bool) -> None:
+def test_allowed_modules(module: str, allow: list[str], allowed: bool) -> None:
     assert is_allowed(module, allow) is allowed

@@ -26,7 +26,7 @@ VALUES = st.recursive(
 )
 
 
-def ours(values: list[Any]) -> bool:
+def column_type_accepts(values: list[Any]) -> bool:
     kind = ColumnType()
     try:
         for value in values:
@@ -36,7 +36,7 @@ def ours(values: list[Any]) -> bool:
     return True
 
 
-def arrows(values: list[Any]) -> bool:
+def arrow_accepts(values: list[Any]) -> bool:
     try:
         pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
@@ -51,13 +51,13 @@ def arrows(values: list[Any]) -> bool:
 @example([{"a": 1}, {"a": "x"}])
 @settings(max_examples=400, deadline=None)
 @example([{"a": False}, {"a": 0.5}])
-def test_a_column_holds_what_arrow_holds(values: list[Any]) -> None:
-    if ours(values) != arrows(values):
+def test_a_column_accepts_the_types_that_arrow_accepts(values: list[Any]) -> None:
+    if column_type_accepts(values) != arrow_accepts(values):
         # Arrow makes numbers of booleans where it sees a float in another list or object first or
         # later. Ours is the stricter one there, and only there.
-        assert not ours(values)
+        assert not column_type_accepts(values)
         assert "False" in repr(values) or "True" in repr(values)
-        assert ours(without_booleans(values))
+        assert column_type_accepts(without_booleans(values))
 
 
 def without_booleans(value: Any) -> Any:

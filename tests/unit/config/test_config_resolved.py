@@ -44,7 +44,9 @@ def run(*, engine: Any = "auto", grpo: dict[str, Any] | None = None, **model: An
         ("auto", "auto", None, False, "transformers"),
     ],
 )
-def test_engine_of_a_run(engine: str, fast: Any, device: Any, vllm: Any, expected: str) -> None:
+def test_the_engine_follows_the_run_file_and_the_machine(
+    engine: str, fast: Any, device: Any, vllm: Any, expected: str
+) -> None:
     assert resolve_engine(engine, fast, Situation(device=device, vllm=vllm)) == expected
 
 
@@ -92,7 +94,7 @@ def test_processes_that_share_a_model_are_one_replica(
     assert (resolved.world_size, resolved.replicas) == (4, replicas)
 
 
-def test_needs_have_vllm_settings_only_with_the_vllm_engine() -> None:
+def test_requirements_have_vllm_settings_only_with_the_vllm_engine() -> None:
     settings = {"gpu_memory_utilization": 0.7, "float8_kv_cache": True, "tensor_parallel_size": 2}
     situation = Situation(device=NEW, vllm=True)
     with_vllm = resolve_run(run(engine="vllm", **settings), situation).machine_requirements()
@@ -108,7 +110,7 @@ def test_needs_have_vllm_settings_only_with_the_vllm_engine() -> None:
     assert resolve_run(run(), Situation()).machine_requirements()["engine"] == "auto"
 
 
-def test_needs_have_the_dtype_of_the_run_file() -> None:
+def test_requirements_have_the_dtype_of_the_run_file() -> None:
     situation = Situation(device=NEW)
     assert resolve_run(run(), situation).machine_requirements()["dtype"] == "auto"
     assert (

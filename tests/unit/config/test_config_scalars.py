@@ -25,7 +25,7 @@ CORE: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("text", "value"), CORE)
-def test_the_core_schema(text: str, value: Any) -> None:
+def test_read_core_follows_the_yaml_1_2_core_schema(text: str, value: Any) -> None:
     read = read_core(text)
     assert (type(read), read) == (type(value), value)
 
@@ -44,18 +44,18 @@ TRAPS = {
 
 
 @pytest.mark.parametrize(("text", "kind"), TRAPS.items())
-def test_what_yaml_1_1_would_read_is_said(text: str, kind: str) -> None:
+def test_a_warning_says_what_yaml_1_1_reads(text: str, kind: str) -> None:
     assert legacy_reading(text, read_core(text)) == kind
 
 
 @pytest.mark.parametrize(
     "text", ["5.0e-6", "false", "1024", "0.5", "bfloat16", "null", "0x1F", "-3", "a b"]
 )
-def test_what_both_read_alike_is_no_finding(text: str) -> None:
+def test_scalars_that_both_versions_read_alike_give_no_warning(text: str) -> None:
     assert legacy_reading(text, read_core(text)) is None
 
 
-def legacy_of_pyyaml(text: str) -> Any:
+def read_with_pyyaml(text: str) -> Any:
     """What PyYAML makes of a plain scalar; the text where it is none."""
     try:
         tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
@@ -64,7 +64,7 @@ def legacy_of_pyyaml(text: str) -> Any:
         return text
 
 
-PYYAML_LACKS = {
+PYYAML_DEVIATIONS = {
     "y",
     "Y",
     "n",
@@ -77,14 +77,14 @@ ALPHABET = "0123456789+-._:eExob abfntrufyNY~T"
     st.text(ALPHABET, max_size=12)
     | st.from_regex(r"[-+]?[0-9_]{1,5}[.:e]?[0-9_]{0,4}", fullmatch=True)
 )
-def test_yaml_1_1_is_what_pyyaml_reads(text: str) -> None:
+def test_read_legacy_agrees_with_pyyaml(text: str) -> None:
     text = text.strip()
-    if text in PYYAML_LACKS or text.startswith(
+    if text in PYYAML_DEVIATIONS or text.startswith(
         "."
     ):  # PyYAML's own float pattern takes "._", "..": noise
         return
     kind, value = read_legacy(text)
-    oracle = legacy_of_pyyaml(text)
+    oracle = read_with_pyyaml(text)
     if kind == "a date":
         assert not isinstance(oracle, (str, int, float)) or oracle == text
     elif isinstance(oracle, float) and math.isnan(oracle):
@@ -102,7 +102,7 @@ def test_yaml_1_1_is_what_pyyaml_reads(text: str) -> None:
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text()
 )
-def test_the_spelling_of_a_fix_is_read_alike_by_all(value: Any) -> None:
+def test_plain_spelling_is_read_alike_by_all_versions(value: Any) -> None:
     """What a fix writes is that value to YAML 1.2 and to YAML 1.1."""
     text = plain_spelling(value)
     if isinstance(value, str) and text.startswith('"'):
@@ -110,4 +110,4 @@ def test_the_spelling_of_a_fix_is_read_alike_by_all(value: Any) -> None:
             assert yaml.safe_load(text) == value
         return
     assert (read_core(text), legacy_reading(text, read_core(text))) == (value, None)
-    assert legacy_of_pyyaml(text) == value
+    assert read_with_pyyaml(text) == value

@@ -71,20 +71,20 @@ def schemas_in(schema: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_walk_knows_every_keyword_of_the_schema() -> None:
+def test_the_checker_supports_every_keyword_of_the_schema() -> None:
     used = {keyword for schema in schemas_in(SCHEMA) for keyword in schema}
     assert used <= KEYWORDS | ANNOTATIONS
 
 
 @pytest.mark.parametrize("name", schema_names())
-def test_our_schemas_are_schemas(name: str) -> None:
+def test_every_schema_is_a_valid_json_schema(name: str) -> None:
     schema = find_schema(name)
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["$id"]
 
 
-def test_every_key_is_described() -> None:
+def test_every_key_has_a_description() -> None:
     """Title, description, default or required, examples; a unit for numbers; a text for each
     choice.
     """
@@ -109,7 +109,7 @@ def test_every_key_is_described() -> None:
                     assert validator.is_valid(example), (name, example)
 
 
-def test_defaults_are_those_of_the_config() -> None:
+def test_schema_defaults_are_those_of_the_config() -> None:
     import dataclasses
 
     from toolkit.config import run_config
@@ -130,31 +130,31 @@ def test_defaults_are_those_of_the_config() -> None:
                 assert properties[name]["default"] == plain, name
 
 
-def ours(instance: Any) -> bool:
+def checker_accepts(instance: Any) -> bool:
     """Whether the walk finds nothing; rules tell ranges that are marked with x-rule."""
     document = parse_source(Source("run", json.dumps(instance), Path("/"), None, "json"))
     outcome = check_structure(document.root, SCHEMA)
     return not outcome.findings and not outcome.invalid_paths and not document.findings
 
 
-def exact_enum(_: Any, values: list[Any], instance: Any, __: Any) -> Any:
+def strict_enum(_: Any, values: list[Any], instance: Any, __: Any) -> Any:
     if not any(type(value) is type(instance) and value == instance for value in values):
         yield jsonschema.ValidationError("not one of them")
 
 
-def theirs(instance: Any) -> bool:
+def jsonschema_accepts(instance: Any) -> bool:
     """Whether the jsonschema library finds nothing; 8.0 is an integer to it and not to us, nor is
     it the 8 of an enum.
     """
     is_integer = lambda _, value: type(value) is int  # noqa: E731
     checker = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", is_integer)
     kind = jsonschema.validators.extend(
-        jsonschema.Draft202012Validator, {"enum": exact_enum}, type_checker=checker
+        jsonschema.Draft202012Validator, {"enum": strict_enum}, type_checker=checker
     )
     return bool(kind(SCHEMA).is_valid(instance))
 
 
-START = {
+BASE_RUN = {
     "model": {"model_name": "a/b"},
     "lora": {"r": 8, "target_modules": ["q_proj"]},
     "dataset": {"path": "x.jsonl"},
@@ -163,12 +163,14 @@ START = {
     "runtime": {"allow_code": ["a.b"]},
 }
 KEYS = sorted(
-    {(section, key) for section in START
+    {(section, key) for section in BASE_RUN
      for key, schema in SCHEMA["properties"][section]["properties"].items()
      if "x-refused" not in schema}
 )  # fmt: skip
-OTHERS = [("grpo", "unknown"), ("zzz",), ("lora",)]
-REFUSED = [n for n, s in SCHEMA["properties"]["grpo"]["properties"].items() if "x-refused" in s]
+UNKNOWN_PATHS = [("grpo", "unknown"), ("zzz",), ("lora",)]
+REFUSED_KEYS = [
+    n for n, s in SCHEMA["properties"]["grpo"]["properties"].items() if "x-refused" in s
+]
 EXAMPLES = [
     value
     for schema in schemas_in(SCHEMA)
@@ -187,12 +189,12 @@ VALUES = (
 @settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
-        st.tuples(st.sampled_from([*KEYS, *OTHERS]), VALUES),
+        st.tuples(st.sampled_from([*KEYS, *UNKNOWN_PATHS]), VALUES),
         max_size=3,
     )
 )
-def test_the_verdict_is_that_of_jsonschema(changes: list[tuple[tuple[str, ...], Any]]) -> None:
-    instance: dict[str, Any] = copy.deepcopy(START)
+def test_the_checker_agrees_with_jsonschema(changes: list[tuple[tuple[str, ...], Any]]) -> None:
+    instance: dict[str, Any] = copy.deepcopy(BASE_RUN)
     for path, value in changes:
         holder = instance
         for part in path[:-1]:
@@ -200,17 +202,17 @@ def test_the_verdict_is_that_of_jsonschema(changes: list[tuple[tuple[str, ...], 
                 return
             holder = holder[part]
         holder[path[-1]] = value
-    assert ours(instance) == theirs(instance)
+    assert checker_accepts(instance) == jsonschema_accepts(instance)
 
 
 @pytest.mark.parametrize(
     "name", [n for n, s in SCHEMA["properties"]["grpo"]["properties"].items() if "x-refused" in s]
 )
 def test_a_refused_key_is_refused_by_the_schema_too(name: str) -> None:
-    assert not theirs({**START, "grpo": {name: True}})
+    assert not jsonschema_accepts({**BASE_RUN, "grpo": {name: True}})
 
 
-def test_no_schema_of_ours_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_references_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A $ref that is not in the schema itself is never fetched, and none of ours has one."""
     import urllib.request
 

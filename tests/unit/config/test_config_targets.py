@@ -41,7 +41,7 @@ QWEN = {"model_type": "qwen3_moe", "num_experts": 128}
         ({"num_experts": "many", "text_config": []}, SEVEN_PROJECTIONS),
     ],
 )  # fmt: skip
-def test_auto(config, targets):
+def test_auto_targets_depend_on_the_architecture(config, targets):
     assert default_targets(config) == targets
     assert set(targets) <= set(SLOT_LAYERS)  # the engine has room for what it is given
     assert not expert_targets(str(config.get("model_type")), targets)
@@ -61,7 +61,7 @@ def test_auto(config, targets):
         ("mixtral", ("up_proj",), set()),  # names that Mixtral has not
     ],
 )
-def test_names_of_experts(family, targets, experts):
+def test_expert_targets_are_the_names_of_stacked_experts(family, targets, experts):
     assert expert_targets(family, targets) == experts
 
 
@@ -81,5 +81,5 @@ def test_names_of_experts(family, targets, experts):
         ),  # the inner one
     ],
 )
-def test_mixtures(config, mixture):
+def test_has_experts_recognizes_mixtures(config, mixture):
     assert has_experts(config) is mixture

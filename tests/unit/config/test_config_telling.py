@@ -27,7 +27,7 @@ def source(text: str) -> Source:
     return Source("run.yaml", text, Path("/nonexistent"))
 
 
-def test_a_long_line_is_cut_around_the_place() -> None:
+def test_a_long_line_is_shortened_around_the_position() -> None:
     text = "a: " + "x" * 5000 + "HERE" + "y" * 5000
     line = source_excerpt(source(text), Position(1, 5004, 5003, 5007))
     assert "HERE" in line
@@ -43,7 +43,7 @@ def test_a_secret_at_the_edge_of_a_long_line_is_not_shown() -> None:
         assert "canary" not in source_excerpt(source(text), Position(1, 4, 3, 4))
 
 
-def test_hidden_characters_and_terminal_sequences() -> None:
+def test_secrets_and_control_characters_are_not_printed() -> None:
     shown = source("password: hunter2 # and more\n")
     shown.hide_secret(Position(1, 11, 10, 17))
     assert source_excerpt(shown, Position(1, 1, 0, 8)) == "password: [hidden] # and more"
@@ -51,7 +51,7 @@ def test_hidden_characters_and_terminal_sequences() -> None:
     assert source_excerpt(hostile, Position(1, 1, 0, 1)) == "a: \ufffd[31mred\ufffd\ufffd"
 
 
-def test_paths_are_spelled_as_they_are_asked_for() -> None:
+def test_dotted_paths() -> None:
     assert dotted(("reward", "functions", 0, "name")) == "reward.functions[0].name"
     assert dotted(()) == "the run file"
 
@@ -67,7 +67,7 @@ def test_every_rule_is_explained(name: str) -> None:
     assert rule.why or name == "RUN002"
 
 
-def test_every_rule_names_keys_that_there_are() -> None:
+def test_every_rule_names_existing_keys() -> None:
     names = {name for name, _ in all_keys()}
     for rule in all_rules().values():
         assert set(rule.keys) <= names, rule.id
@@ -80,7 +80,7 @@ def test_every_key_is_explained() -> None:
         assert schema["description"][:20].split(" ")[0] in text
 
 
-def test_a_key_tells_type_default_unit_and_rules() -> None:
+def test_an_explained_key_has_type_default_unit_and_rules() -> None:
     text = explain("max_seq_length")
     assert text is not None
     for part in (
@@ -123,18 +123,18 @@ def test_the_explain_command() -> None:
         ("metrics", "dynamic_sampling/no_spread_after"),
     ],
 )
-def test_a_name_of_the_logs_is_explained(word: str, said: str) -> None:
+def test_a_metric_name_is_explained(word: str, said: str) -> None:
     done = CliRunner().invoke(cli, ["explain", word])
     assert done.exit_code == 0, done.exception
     assert said in " ".join(done.output.split())
 
 
-def test_a_misspelt_name_of_the_logs_has_its_candidate() -> None:
+def test_a_misspelled_metric_name_gets_a_suggestion() -> None:
     wrong = CliRunner().invoke(cli, ["explain", "steps_without_signl"])
     assert "did you mean steps_without_signal?" in str(wrong.exception)
 
 
-def test_every_name_that_training_writes_is_explained() -> None:
+def test_every_metric_of_the_training_is_explained() -> None:
     """Those in quotes in the sources; a run's own rows are compared in the acceptance tests."""
     sources = Path(__file__).parents[3] / "toolkit" / "train"
     written = r'"((?:sampling|packing|dynamic_sampling|curriculum|completions)/[a-z_/]+)"'
@@ -159,7 +159,7 @@ def test_the_schema_command() -> None:
     assert "run" in CliRunner().invoke(cli, ["schema", "--list"]).output.split()
 
 
-def test_the_nearest_word() -> None:
+def test_the_nearest_word_is_suggested() -> None:
     words = ["num_generations", "lora_alpha", "q_proj"]
     assert nearest("num_generation", words) == "num_generations"
     assert nearest("LORA-ALPHA", words) == "lora_alpha"
@@ -167,7 +167,7 @@ def test_the_nearest_word() -> None:
     assert nearest("x" * 10_000, words) is None
 
 
-def test_recorded_values_stand_in_for_a_library_that_is_not_there(
+def test_recorded_values_replace_a_missing_library(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from toolkit.config import libraries
@@ -188,7 +188,7 @@ def test_batch_arithmetic() -> None:
     assert (multiple_at_least(4, 9), multiple_at_least(4, 8)) == (12, 8)
 
 
-def test_many_findings_are_counted_and_not_all_told() -> None:
+def test_findings_beyond_the_limit_are_only_counted() -> None:
     text = "".join(f"key{number}: 1\n" for number in range(2000))
     outcome = validate(assemble(source(text)), Situation())
     assert len(outcome.findings) == 501

@@ -13,17 +13,17 @@ from toolkit.config.engine_settings import API_OPTIONS, OPTIONS, schema_properti
 from toolkit.config.run_config import ModelSection
 from toolkit.engine.engine_options import EngineOptions
 
-MODEL = find_schema("run")["properties"]["model"]["properties"]
+MODEL_PROPERTIES = find_schema("run")["properties"]["model"]["properties"]
 
 
 def test_the_schema_and_the_run_file_have_every_option() -> None:
-    assert {name: MODEL[name] for name in OPTIONS} == schema_properties()
+    assert {name: MODEL_PROPERTIES[name] for name in OPTIONS} == schema_properties()
     assert set(OPTIONS) < {item.name for item in dataclasses.fields(ModelSection)}
-    assert set(MODEL) == {item.name for item in dataclasses.fields(ModelSection)}
+    assert set(MODEL_PROPERTIES) == {item.name for item in dataclasses.fields(ModelSection)}
 
 
 @pytest.mark.parametrize("name", API_OPTIONS)
-def test_an_option_is_taken_by_from_pretrained(name: str) -> None:
+def test_from_pretrained_accepts_an_option(name: str) -> None:
     parameters = inspect.signature(FastLanguageModel.from_pretrained).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     assert name in parameters or takes_any
@@ -32,7 +32,7 @@ def test_an_option_is_taken_by_from_pretrained(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [name for name, option in API_OPTIONS.items() if option.vllm_argument]
 )
-def test_an_option_reaches_vllm(name: str) -> None:
+def test_an_option_is_passed_to_vllm(name: str) -> None:
     option = API_OPTIONS[name]
     value = {"switch": True, "count": 3, "share": 0.25, "rank": 32, "any": 7, "amount": 4}[
         option.kind

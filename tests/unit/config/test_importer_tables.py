@@ -22,7 +22,7 @@ from toolkit.config.importers.translate import translate
 from toolkit.config.importers.write import table_markdown
 from toolkit.config.key_moves import key_schema
 
-ALL = [(form, row) for form in TABLE_MODULES for row in load_table(form).rows]
+ALL_ROWS = [(form, row) for form in TABLE_MODULES for row in load_table(form).rows]
 
 
 def ids(value: Any) -> str:
@@ -43,7 +43,7 @@ def test_every_row_names_a_key_of_a_run_file_or_says_why_not(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", TABLE_MODULES)
-def test_a_table_is_true(form: str) -> None:
+def test_each_row_converts_its_key_as_it_says(form: str) -> None:
     """Each row alone: a probe of its key goes where the row says."""
     for row in load_table(form).rows:
         if row.trl or row.foreign_key.endswith("*"):
@@ -68,7 +68,7 @@ def _probe(row: Row) -> Any:
 
 
 @pytest.mark.parametrize("form", TABLE_MODULES)
-def test_the_migration_table_has_every_key(form: str) -> None:
+def test_the_markdown_table_has_every_key(form: str) -> None:
     text = table_markdown(form)
     lines = text.splitlines()
     assert lines[2] == "| key of the other tool | key of the run file | what happens | why |"
@@ -80,7 +80,7 @@ def test_the_migration_table_has_every_key(form: str) -> None:
 
 def test_conversions_refuse_with_a_reason() -> None:
     reasons: set[str] = set()
-    for _, row in ALL:
+    for _, row in ALL_ROWS:
         if row.convert is None:
             continue
         for value in (None, -1, 0, 4, 0.5, "zz", "a.b", [], ["all-linear"], ["a", "b"], True, {}):
@@ -106,7 +106,7 @@ def test_flags_of_a_command_line() -> None:
     "text",
     ["'", '"', "\\", "$", "${", "$(", "`", "a='b", "--", "=", "\x00", "a=1 b", "#", "{" * 5000],
 )
-def test_no_shell_text_is_too_odd(text: str) -> None:
+def test_any_shell_text_is_split_without_an_exception(text: str) -> None:
     for words in split_commands(text * 3):
         list(parse_options(words))
 
