@@ -11,13 +11,13 @@ from toolkit.train.report import page, write_report
 if TYPE_CHECKING:
     from pathlib import Path
 
-OURS = {
+ALLOWED_TAGS = {
     "html", "head", "meta", "title", "style", "body", "main", "header", "div", "h1", "h2", "h3",
     "p", "span", "b", "i", "small", "ul", "li", "figure", "figcaption", "svg", "defs", "clippath",
     "rect", "g", "path", "line", "circle", "text", "section", "table", "tr", "th", "td", "code",
     "pre", "details", "summary", "footer", "script",
 }  # fmt: skip
-ATTRIBUTES = {
+ALLOWED_ATTRIBUTES = {
     "lang", "charset", "http-equiv", "content", "name", "class", "viewbox", "role", "aria-label",
     "data-points", "id", "x", "y", "width", "height", "clip-path", "d", "x1", "x2", "y1", "y2",
     "cx", "cy", "r", "rx", "preserveaspectratio",
@@ -58,14 +58,14 @@ class Page(HTMLParser):
         raise AssertionError(f"a comment: {data}")
 
 
-def shown(folder: Path) -> tuple[str, Page]:
+def render_report(folder: Path) -> tuple[str, Page]:
     """Write the report, check what holds for every report, and return it."""
     path = write_report(folder)
     source = path.read_text()
     parsed = Page(source)
     assert parsed.open == []
-    assert set(parsed.tags) <= OURS
-    assert {name for name, _ in parsed.attributes} <= ATTRIBUTES
+    assert set(parsed.tags) <= ALLOWED_TAGS
+    assert {name for name, _ in parsed.attributes} <= ALLOWED_ATTRIBUTES
     assert parsed.tags.count("script") == parsed.tags.count("style") == 1
     assert parsed.text["script"] == (page._FOLDER / "page.js").read_text()
     assert "nan" not in re.findall(r'[ "](nan|inf)[ "L]', source)

@@ -24,12 +24,12 @@ def run(function: Any, tmp_path: Path, on_error: str = "none", timeout_s: float 
     return reward, scores, logged
 
 
-def saved(tmp_path: Path) -> list[dict[str, Any]]:
+def saved_samples(tmp_path: Path) -> list[dict[str, Any]]:
     file = tmp_path / "run" / "bad_rewards.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def each(score: Any):
+def reward_scoring_bad_with(score: Any):
     """A well-made reward but for what ``score`` does with the completion "bad"."""
 
     def mine(completions, **kwargs):

@@ -16,17 +16,17 @@ class StubHub:
 
     def __init__(self, status: int = 200) -> None:
         self.status, self.repos, self.files = status, {}, {}
-        self.tokens, self.messages, self.asked = {}, [], []
+        self.tokens, self.messages, self.requests = {}, [], []
 
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+    def handle_request(self, handler: BaseHTTPRequestHandler) -> None:
         size = int(handler.headers.get("Content-Length") or 0)
         body = handler.rfile.read(size)
         path = handler.path.partition("?")[0]
         request = f"{handler.command} {path}"
-        self.asked.append(request)
+        self.requests.append(request)
         status, found = self.status, {"error": "no"}
         if status == 200:
-            found = self._found(path, body)
+            found = self._response(path, body)
             status = 404 if found is None else 200
         # Libraries may look names up without a token; what writes must carry one.
         if found is not None:
@@ -38,7 +38,7 @@ class StubHub:
         handler.end_headers()
         handler.wfile.write(data)
 
-    def _found(self, path: str, body: bytes):
+    def _response(self, path: str, body: bytes):
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = "/".join(part for part in (asked.get("organization"), asked["name"]) if part)
@@ -75,7 +75,7 @@ def serving(hub: StubHub):
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            hub.answer(self)
+            hub.handle_request(self)
 
         do_GET = do_HEAD = do_POST
 

@@ -34,7 +34,7 @@ def test_kinds_of_kernels(name: str, kind: str) -> None:
     assert kind_of(name) == kind
 
 
-def test_operations_are_counted_and_what_is_left_is_the_host() -> None:
+def test_time_without_operations_is_host_time() -> None:
     a = torch.ones(64, 64)
     with record_kernels() as recorder:
         for _ in range(5):
@@ -50,7 +50,7 @@ def test_operations_are_counted_and_what_is_left_is_the_host() -> None:
     assert rows[-1][0].strip() == "host, no kernel running"
 
 
-def test_a_prefill_is_taken_off() -> None:
+def test_subtract_removes_the_prefill() -> None:
     long = KernelTimes(32, 4.0, {"attention": [2.0, 66], "other": [1.0, 4]})
     short = KernelTimes(1, 0.8, {"attention": [0.4, 2], "LoRA": [0.1, 1]})
     left = long.subtract(short, 32)
@@ -58,7 +58,7 @@ def test_a_prefill_is_taken_off() -> None:
     assert left.kinds == {"attention": [1.6, 64], "other": [1.0, 4]}
 
 
-def test_phases_end_with_what_vllm_logs() -> None:
+def test_log_messages_of_vllm_end_phases() -> None:
     account = StartTimer()
     account.end_phase("import torch")
     for text in ("Starting to load model %s...", "something", "init engine (profile, create %s"):

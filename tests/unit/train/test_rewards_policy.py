@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rewards_helpers import COMPLETIONS, each, run, saved
+from rewards_helpers import COMPLETIONS, reward_scoring_bad_with, run, saved_samples
 
 from toolkit.base.errors import ConfigError
 from toolkit.train.rewards import error_policy as policy_module
@@ -61,11 +61,11 @@ RETURNED = [
 @pytest.mark.parametrize(("score", "what"), RAISED + RETURNED)
 def test_fail_names_function_and_sample_and_saves_it(tmp_path: Path, score, what: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        run(each(score), tmp_path, "fail")
+        run(reward_scoring_bad_with(score), tmp_path, "fail")
     assert re.search(rf"reward mine (raised )?{what} ?.*\(sample 1 of 4\)", caught.value.message)
     assert str(tmp_path / "run/bad_rewards.jsonl") in caught.value.message
     assert "on_error: none" in str(caught.value)
-    (record,) = saved(tmp_path)
+    (record,) = saved_samples(tmp_path)
     assert (record["reward"], record["index"]) == ("mine", 1)
     assert (record["prompt"], record["completion"]) == ("p", "bad")
     assert record["columns"] == {"answer": 2}
@@ -73,27 +73,27 @@ def test_fail_names_function_and_sample_and_saves_it(tmp_path: Path, score, what
 
 @pytest.mark.parametrize(("score", "what"), RAISED + RETURNED)
 def test_none_scores_that_sample_none_and_counts_it(tmp_path: Path, score, what: str) -> None:
-    _, scores, logged = run(each(score), tmp_path, "none")
+    _, scores, logged = run(reward_scoring_bad_with(score), tmp_path, "none")
     assert scores == [1.0, None, 1.0, 1.0]
     assert logged == {"rewards/mine/failed": 0.25}
-    assert [record["index"] for record in saved(tmp_path)] == [1]
+    assert [record["index"] for record in saved_samples(tmp_path)] == [1]
 
 
 @pytest.mark.parametrize("score", [hang, spin, backtrack])
 @pytest.mark.parametrize("on_error", ["none", "fail"])
-def test_a_hang_is_cut(tmp_path: Path, score, on_error: str) -> None:
+def test_a_hanging_call_is_interrupted(tmp_path: Path, score, on_error: str) -> None:
     started, threads = time.monotonic(), threading.active_count()
     if on_error == "none":
-        _, scores, _ = run(each(score), tmp_path, on_error, 0.4)
+        _, scores, _ = run(reward_scoring_bad_with(score), tmp_path, on_error, 0.4)
         assert scores == [1.0, None, 1.0, 1.0]
     else:
         with pytest.raises(ConfigError, match=r"mine took longer than 0\.4 s \(sample 1 of 4\)"):
-            run(each(score), tmp_path, on_error, 0.4)
+            run(reward_scoring_bad_with(score), tmp_path, on_error, 0.4)
     assert time.monotonic() - started < 20
     assert threading.active_count() <= threads
 
 
-def test_the_search_for_what_hangs_is_bounded(tmp_path: Path) -> None:
+def test_the_search_for_hanging_samples_is_bounded(tmp_path: Path) -> None:
     started = time.monotonic()
     _, scores, logged = run(lambda **kwargs: hang(), tmp_path, "none", 0.1)
     assert scores == [None] * 4
@@ -117,7 +117,7 @@ def test_wrong_length_of_some_samples(tmp_path: Path) -> None:
         lambda completions, **kwargs: [1.0 / (4 - len(completions))] * len(completions),
     ],
 )
-def test_where_no_sample_alone_is_guilty_the_batch_is(tmp_path: Path, function) -> None:
+def test_if_no_single_sample_fails_the_whole_batch_fails(tmp_path: Path, function) -> None:
     _, scores, logged = run(function, tmp_path)
     assert scores == [None] * 4
     assert logged == {"rewards/mine/failed": 1.0}
@@ -144,7 +144,9 @@ def test_async_functions_are_async_for_trl_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("nap", [asyncio.sleep, time.sleep])
-def test_an_async_hang_is_cut_also_where_it_blocks_its_loop(tmp_path: Path, nap) -> None:
+def test_a_hanging_async_call_is_interrupted_even_if_it_blocks_its_loop(
+    tmp_path: Path, nap
+) -> None:
     async def mine(completions, **kwargs):
         if "bad" in completions:
             result = nap(1.5)
@@ -166,16 +168,16 @@ def test_outside_of_training_a_reward_gets_what_trl_passes() -> None:
     assert guard("mine", mine, ErrorPolicy()).score(["p"], ["c"], completion_ids=[[1]]) == [0.0]
 
 
-def test_ctrl_c_goes_through(tmp_path: Path) -> None:
+def test_keyboard_interrupt_is_raised_unchanged(tmp_path: Path) -> None:
     def interrupt() -> float:
         signal.raise_signal(signal.SIGINT)
         return 1.0
 
     with pytest.raises(KeyboardInterrupt):
-        run(each(interrupt), tmp_path)
+        run(reward_scoring_bad_with(interrupt), tmp_path)
 
 
-def test_a_function_cannot_spoil_the_next_ones_lists() -> None:
+def test_a_function_cannot_change_the_arguments_of_the_next_one() -> None:
     def mine(prompts, completions, **kwargs):
         size = len(completions)
         prompts.clear(), completions.clear()
@@ -199,7 +201,7 @@ def test_saved_samples_are_bounded_and_hold_no_secret(
     _, scores, logged = run(mine, tmp_path)
     assert scores == [None] * 4
     assert logged == {"rewards/mine/failed": 1.0}
-    assert len(saved(tmp_path)) == 2
+    assert len(saved_samples(tmp_path)) == 2
     assert "canary" not in (tmp_path / "run/bad_rewards.jsonl").read_text()
     with pytest.raises(ConfigError) as caught:
         run(mine, tmp_path, "fail")
@@ -208,14 +210,18 @@ def test_saved_samples_are_bounded_and_hold_no_secret(
 
 def test_odd_values_are_saved_as_text(tmp_path: Path) -> None:
     reward = guard(
-        "mine", each(divide), ErrorPolicy("none", None, tmp_path / "run/bad_rewards.jsonl")
+        "mine",
+        reward_scoring_bad_with(divide),
+        ErrorPolicy("none", None, tmp_path / "run/bad_rewards.jsonl"),
     )
     reward(["p"] * 4, COMPLETIONS, x=[{1}, float("nan"), "\ud800", 0], answer=[object()] * 4)
-    (record,) = saved(tmp_path)
+    (record,) = saved_samples(tmp_path)
     assert record["columns"]["x"] == "NaN"
 
 
 def test_a_full_disk_does_not_hide_the_problem(tmp_path: Path) -> None:
-    reward = guard("mine", each(divide), ErrorPolicy("fail", None, Path("/dev/full/x")))
+    reward = guard(
+        "mine", reward_scoring_bad_with(divide), ErrorPolicy("fail", None, Path("/dev/full/x"))
+    )
     with pytest.raises(ConfigError, match=r"ZeroDivisionError[\s\S]*could not be saved"):
         reward(["p"] * 4, COMPLETIONS)

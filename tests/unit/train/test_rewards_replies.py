@@ -26,7 +26,7 @@ from toolkit.train.rewards.replies import is_valid
 if TYPE_CHECKING:
     from pathlib import Path
 
-SENDS = """\
+FORGING_MODULE = """\
 import json, os, sys
 
 def _send(text):
@@ -46,7 +46,7 @@ def odd(completions, **kwargs):
     raise ConfigError(object(), where=5, fix=[1])
 """
 INVALID = "sent an invalid reply from its process"
-SENT = {
+FORGED_REPLIES = {
     '{"id": []}': INVALID,
     '{"id": NUMBER, "error": [{}, [], 7, {}]}': INVALID,
     '{"id": NUMBER, "found": [Infinity]}': "returned inf, which is not a finite 32-bit number",
@@ -56,7 +56,7 @@ SENT = {
 }
 
 
-def loaded(folder: Path, name: str, code: str = SENDS) -> Any:
+def load_reward(folder: Path, name: str, code: str = FORGING_MODULE) -> Any:
     (folder / "sends.py").write_text(code)
     config = RunConfig(
         model=ModelSection(model_name="m"),
@@ -69,11 +69,11 @@ def loaded(folder: Path, name: str, code: str = SENDS) -> Any:
     return found
 
 
-def test_what_a_reward_sends_in_place_of_its_process(
+def test_a_forged_reply_of_a_reward_is_rejected(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    reward = loaded(tmp_path, "score")
-    for sent, said in SENT.items():
+    reward = load_reward(tmp_path, "score")
+    for sent, said in FORGED_REPLIES.items():
         with pytest.raises(ConfigError) as refused:
             reward(prompts=["p"], completions=[sent])
         assert said in refused.value.message, sent
@@ -84,15 +84,15 @@ def test_an_error_of_the_toolkit_with_odd_fields_is_an_error_of_the_reward(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError, match="reward odd raised TypeError: object"):
-        loaded(tmp_path, "odd")(prompts=["p"], completions=["c"])
+        load_reward(tmp_path, "odd")(prompts=["p"], completions=["c"])
     assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("sent", ["{}", '{"misbehaved": []}', '{"function": "1"}'])
-def test_what_a_module_sends_as_it_is_imported(tmp_path: Path, sent: str) -> None:
+def test_a_forged_reply_during_the_import_is_rejected(tmp_path: Path, sent: str) -> None:
     text = json.dumps({"id": 1, **json.loads(sent)})
     with pytest.raises(ConfigError, match=f"reward sends:score {INVALID} while"):
-        loaded(tmp_path, "score", f"{SENDS}\n_send({text!r})\n")
+        load_reward(tmp_path, "score", f"{FORGING_MODULE}\n_send({text!r})\n")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("returned", [None, 1.0, "abcd", {1: 2}, np.float32(1)])
-def test_what_is_no_list(tmp_path: Path, returned: Any) -> None:
+def test_a_value_that_is_not_a_list_is_rejected(tmp_path: Path, returned: Any) -> None:
     with pytest.raises(ConfigError, match="not a list of rewards"):
         run(lambda **kwargs: returned, tmp_path, "fail")
 
@@ -38,7 +38,7 @@ def test_a_coroutine_from_a_plain_function(tmp_path: Path) -> None:
         [torch.tensor(1.0), torch.tensor(1), None, torch.tensor([0.5])],
     ],
 )
-def test_what_is_taken(tmp_path: Path, returned: Any) -> None:
+def test_lists_arrays_and_tensors_are_accepted(tmp_path: Path, returned: Any) -> None:
     _, scores, logged = run(lambda **kwargs: returned, tmp_path, "fail")
     assert [type(score) for score in scores if score is not None] == [float] * (
         4 - scores.count(None)
@@ -47,7 +47,7 @@ def test_what_is_taken(tmp_path: Path, returned: Any) -> None:
     assert logged == {}
 
 
-def test_half_of_a_character_is_written_as_its_number() -> None:
+def test_a_lone_surrogate_is_escaped() -> None:
     from toolkit.train.rewards.logged import safe_text
 
     assert safe_text("a\ud800") == "a\\ud800"

@@ -74,7 +74,7 @@ def test_a_package_and_what_it_imports(tmp_path: Path) -> None:
     assert function.__module__ == "mine.deep"
 
 
-def test_what_is_not_allowed_is_not_run(tmp_path: Path) -> None:
+def test_code_of_a_module_that_is_not_allowed_is_not_run(tmp_path: Path) -> None:
     write(tmp_path, "evil.py", f"open({str(tmp_path / 'run')!r}, 'w')\n{GOOD}")
     with pytest.raises(ConfigError, match=r"allow_code does not list[\s\S]*allow_code: \[evil\]"):
         load_function("evil:tone", ["mine"], tmp_path)
@@ -128,7 +128,7 @@ def test_malformed_names(tmp_path: Path, name: str) -> None:
         ("def tone(completions, x, y, **kwargs): ...", "needs the columns x, y"),
     ],
 )
-def test_modules_that_do_not_fit(tmp_path: Path, content: str, message: str) -> None:
+def test_unusable_modules_are_explained(tmp_path: Path, content: str, message: str) -> None:
     write(tmp_path, "mine.py", content)
     with pytest.raises(ConfigError, match=message):
         rewards(tmp_path, RewardFunction(name="mine:tone"))
@@ -152,7 +152,7 @@ def test_a_built_in_reward_without_its_column(tmp_path: Path) -> None:
         rewards(tmp_path, RewardFunction(name="exact_match"), columns=("prompt", "gold"))
 
 
-def test_every_reward_has_a_name_of_its_own(tmp_path: Path) -> None:
+def test_every_reward_has_a_unique_name(tmp_path: Path) -> None:
     write(tmp_path, "mine.py", GOOD)
     write(tmp_path, "other.py", GOOD)
     loaded = rewards(

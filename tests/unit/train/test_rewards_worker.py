@@ -124,7 +124,7 @@ def test_the_same_in_the_process_that_trains(tmp_path: Path, name: str, says: st
 
 
 @pytest.mark.parametrize("name", ["catches_all", "native", "own_alarm", "async_blocks"])
-def test_a_call_that_nothing_cuts_is_killed(rewards, name: str) -> None:
+def test_a_call_that_cannot_be_interrupted_is_killed(rewards, name: str) -> None:
     begin = time.monotonic()
     assert score(rewards[name]) == [0.5, None, 0.5]
     assert "took longer than 0.4 s" in problem(rewards)
@@ -132,7 +132,7 @@ def test_a_call_that_nothing_cuts_is_killed(rewards, name: str) -> None:
     assert score(rewards["fine"]) == [1.0, 3.0, 1.0]
 
 
-def test_a_fork_that_comes_back_answers_no_more(rewards) -> None:
+def test_a_forked_child_that_returns_does_not_reply(rewards) -> None:
     for _ in range(3):
         assert score(rewards["forks"]) == [1.0, 1.0, 1.0]
         assert score(rewards["fine"]) == [1.0, 3.0, 1.0]
@@ -179,7 +179,7 @@ def test_the_process_that_trains_stays_as_it_is(rewards, monkeypatch) -> None:
         os.umask(umask)
 
 
-def test_chats_changed_in_place_are_whole_for_the_next(tmp_path: Path) -> None:
+def test_chats_changed_in_place_are_unchanged_for_the_next_reward(tmp_path: Path) -> None:
     chat = [{"role": "assistant", "content": "hi"}]
     for isolate in (True, False):
         (reward,) = load(tmp_path, "rewrites", isolate=isolate)
@@ -188,7 +188,7 @@ def test_chats_changed_in_place_are_whole_for_the_next(tmp_path: Path) -> None:
         assert (prompts, completions) == ([chat], [chat])
 
 
-def test_what_a_dataset_holds_and_the_state_arrive(rewards) -> None:
+def test_dataset_values_and_trainer_state_reach_the_worker(rewards) -> None:
     import datetime
     from decimal import Decimal
 
@@ -210,7 +210,7 @@ def test_what_a_dataset_holds_and_the_state_arrive(rewards) -> None:
     assert logged == {"same": 1.0, "rewards/shows/failed": 0.0}
 
 
-def test_a_column_that_cannot_travel_is_named(tmp_path: Path) -> None:
+def test_a_column_that_cannot_be_sent_is_named(tmp_path: Path) -> None:
     (reward,) = load(tmp_path, "fine")
     with pytest.raises(ConfigError, match=r"column picture has a value[\s\S]*isolate: false"):
         score(reward, picture=[object()] * 3)
@@ -281,13 +281,13 @@ def test_nothing_is_left_when_the_run_is_killed(tmp_path: Path) -> None:
         assert run.stdout is not None
         assert run.stdout.readline() == "ready\n"
         left = [int(path.name.partition("-")[2]) for path in tmp_path.glob("pid-*")]
-        assert all(_lives(pid) for pid in left)
+        assert all(_is_alive(pid) for pid in left)
         run.kill()
         run.wait()
         deadline = time.monotonic() + 20
-        while any(_lives(pid) for pid in left) and time.monotonic() < deadline:
+        while any(_is_alive(pid) for pid in left) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not any(_lives(pid) for pid in left)
+        assert not any(_is_alive(pid) for pid in left)
 
 
 def test_nothing_is_left_when_a_run_between_two_calls_is_killed(tmp_path: Path) -> None:
@@ -303,12 +303,12 @@ def test_nothing_is_left_when_a_run_between_two_calls_is_killed(tmp_path: Path) 
         run.kill()
         run.wait()
         deadline = time.monotonic() + 20
-        while any(_lives(pid) for pid in left) and time.monotonic() < deadline:
+        while any(_is_alive(pid) for pid in left) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not any(_lives(pid) for pid in left)
+        assert not any(_is_alive(pid) for pid in left)
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -319,12 +319,12 @@ def test_a_worker_ends_with_its_rewards(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("AT_EXIT", str(tmp_path / "at-exit"))
     (reward,) = load(tmp_path, "says_pid")
     (pid, *_) = (int(value) for value in score(reward))
-    assert _lives(pid)
+    assert _is_alive(pid)
     del reward
     deadline = time.monotonic() + 20
-    while _lives(pid) and time.monotonic() < deadline:
+    while _is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _lives(pid)
+    assert not _is_alive(pid)
     assert (tmp_path / "at-exit").exists()
 
 

@@ -36,22 +36,22 @@ def world(tmp_path_factory):
     return train_world.make_run_files(tmp_path_factory.mktemp("tracking"), steps=STEPS)
 
 
-def trained(world, out, *more):
+def train_run(world, out, *more):
     """(folder, what was printed) of a run in this process."""
-    said = io.StringIO()
+    printed = io.StringIO()
     overrides = (f"runtime.output_dir={out}", "reward.isolate=false", *more)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run(load_run(str(world), list(overrides)), Options(out=said, evaluate=False))
-    return Path(out), said.getvalue()
+        run(load_run(str(world), list(overrides)), Options(out=printed, evaluate=False))
+    return Path(out), printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def tensorboard(world, tmp_path_factory):
     """A run with TensorBoard, and the same run resumed from its middle."""
     out = tmp_path_factory.mktemp("runs") / "numeric-r4"
-    folder, said = trained(world, out, "grpo.report_to=tensorboard")
-    return folder, said
+    folder, printed = train_run(world, out, "grpo.report_to=tensorboard")
+    return folder, printed
 
 
 def scalars(folder):
@@ -66,14 +66,14 @@ def scalars(folder):
 
 
 def test_tensorboard_has_every_metric_under_its_name(tensorboard):
-    folder, said = tensorboard
+    folder, printed = tensorboard
     rows = train_world.read_rows(folder)
     found, texts, events = scalars(folder)
     assert found["reward"] == [(r["step"], pytest.approx(r["reward"])) for r in rows]
     named_in_rows = {k for row in rows for k, v in row.items() if isinstance(v, (int, float))}
     assert named_in_rows - {"step"} <= set(found)
     assert len(found["timing/step_s"]) == STEPS
-    assert f"tracker tensorboard: tensorboard --logdir {folder / 'tensorboard'}" in said
+    assert f"tracker tensorboard: tensorboard --logdir {folder / 'tensorboard'}" in printed
     assert {"config/text_summary", "completions/text_summary"} <= set(texts)
     table = events.Tensors("completions/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert table.startswith("| step | prompt | completion | reward | advantage | reward/ones")
@@ -83,7 +83,7 @@ def test_tensorboard_has_every_metric_under_its_name(tensorboard):
 
 @pytest.mark.slow
 def test_trackers_change_nothing_in_the_run(tensorboard, world, tmp_path):
-    plain, _ = trained(world, tmp_path / "plain")
+    plain, _ = train_run(world, tmp_path / "plain")
     assert train_world.result_digests(plain) == train_world.result_digests(tensorboard[0])
 
 
@@ -91,7 +91,7 @@ def test_a_resumed_run_continues_the_same_tracked_run(tensorboard, world):
     """Its steps after the checkpoint take the place of those that were logged before."""
     folder, _ = tensorboard
     before = json.loads((folder / "trackers.json").read_text())
-    trained(
+    train_run(
         world, folder, "grpo.report_to=tensorboard", f"runtime.resume={folder / 'checkpoint-2'}"
     )
     found, _, _ = scalars(folder)
@@ -100,7 +100,7 @@ def test_a_resumed_run_continues_the_same_tracked_run(tensorboard, world):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "nested", "list", "huge"])
-def test_a_record_of_ids_that_somebody_else_made(tmp_path, kind):
+def test_an_invalid_trackers_json_is_ignored(tmp_path, kind):
     path = tmp_path / "trackers.json"
     if kind == "pipe":
         os.mkfifo(path)
@@ -112,14 +112,14 @@ def test_a_record_of_ids_that_somebody_else_made(tmp_path, kind):
     assert start._read_ids(tmp_path) == {}
 
 
-class Raises:
+class FailingTracker:
     destination = ""
 
     def __init__(self, start):
         raise ConnectionError("no route to api.example.org")
 
 
-class Hangs:
+class HangingTracker:
     """Until the test ends."""
 
     destination = "opened"
@@ -133,31 +133,31 @@ class Hangs:
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         pytest.param(
-            Raises,
+            FailingTracker,
             "tracker wandb: could not start: ConnectionError: no route to api.example.org",
             marks=pytest.mark.slow,
         ),
-        (Hangs, "tracker wandb: did not finish in time"),
+        (HangingTracker, "tracker wandb: did not finish in time"),
     ],
 )
-def test_a_tracker_that_is_down_or_hangs_stops_no_run(world, tmp_path, monkeypatch, kind, told):
+def test_a_tracker_that_is_down_or_hangs_stops_no_run(world, tmp_path, monkeypatch, kind, message):
     monkeypatch.setitem(tracking.TRACKER_CLASSES, "wandb", kind)
     monkeypatch.setattr(tracking, "CLOSE_LIMIT_S", 0.2)
-    Hangs.let_go.clear()
+    HangingTracker.let_go.clear()
     try:
-        folder, said = trained(world, tmp_path / "run", "grpo.report_to=wandb")
+        folder, printed = train_run(world, tmp_path / "run", "grpo.report_to=wandb")
     finally:
-        Hangs.let_go.set()
-    assert told in said
-    assert "metrics.jsonl contains every row" in said
+        HangingTracker.let_go.set()
+    assert message in printed
+    assert "metrics.jsonl contains every row" in printed
     assert len(train_world.read_rows(folder)) == STEPS
     assert (folder / "adapter/adapter_model.safetensors").is_file()
 
 
-class Recording:
+class RecordingTracker:
     destination = "here"
 
     def __init__(self, fails=(), slow_s=0.0):
@@ -178,59 +178,63 @@ class Recording:
         self.closed = True
 
 
-def followed(tracker, steps, total=100):
-    said = []
-    lanes = Tracking([TrackerThread("mine", lambda: tracker)], said.append, total)
+def send_steps(tracker, steps, total=100):
+    printed = []
+    tracking_run = Tracking([TrackerThread("mine", lambda: tracker)], printed.append, total)
     for step in range(1, steps + 1):
-        lanes.log_row({"step": step, "reward": 0.5, "kl": None}, {"step": step, "step_s": 1.0})
+        tracking_run.log_row(
+            {"step": step, "reward": 0.5, "kl": None}, {"step": step, "step_s": 1.0}
+        )
         tracker.begun.wait(30)
-    lanes.close(stopped=False)
-    return said
+    tracking_run.close(stopped=False)
+    return printed
 
 
-def test_a_call_that_fails_now_and_then_costs_one_row():
-    tracker = Recording(fails=(2, 4))
-    said = followed(tracker, 5)
+def test_a_failed_call_loses_only_its_row():
+    tracker = RecordingTracker(fails=(2, 4))
+    printed = send_steps(tracker, 5)
     assert [step for step, _ in tracker.calls] == [1, 3, 5]
     assert tracker.calls[0][1] == {"reward": 0.5, "timing/step_s": 1.0}
-    assert said == ["tracker mine: here"]
+    assert printed == ["tracker mine: here"]
     assert tracker.closed
 
 
-def test_a_tracker_that_cannot_start_is_told_of_once():
-    said = []
-    lanes = Tracking([TrackerThread("mine", lambda: Raises(None))], said.append, 100)
+def test_a_tracker_that_cannot_start_is_reported_once():
+    printed = []
+    tracking_run = Tracking(
+        [TrackerThread("mine", lambda: FailingTracker(None))], printed.append, 100
+    )
     for step in (1, 2):
-        lanes.log_row({"step": step, "reward": 0.5}, None)
-    lanes.close(stopped=True)
-    assert len(said) == 1
-    assert said[0].startswith("tracker mine: could not start: ConnectionError: no route")
-    assert said[0].endswith(
+        tracking_run.log_row({"step": step, "reward": 0.5}, None)
+    tracking_run.close(stopped=True)
+    assert len(printed) == 1
+    assert printed[0].startswith("tracker mine: could not start: ConnectionError: no route")
+    assert printed[0].endswith(
         "the run continues without this tracker, and metrics.jsonl contains every row"
     )
 
 
 def test_five_failures_in_a_row_end_the_tracker():
-    tracker = Recording(fails=range(3, 100))
-    said = followed(tracker, 30)
+    tracker = RecordingTracker(fails=range(3, 100))
+    printed = send_steps(tracker, 30)
     assert [step for step, _ in tracker.calls] == [1, 2]
-    assert any("failed 5 times in a row: OSError: 503 at 7" in line for line in said)
+    assert any("failed 5 times in a row: OSError: 503 at 7" in line for line in printed)
 
 
-def test_a_slow_tracker_is_told_how_much_it_missed(monkeypatch):
+def test_the_number_of_dropped_updates_of_a_slow_tracker_is_reported(monkeypatch):
     monkeypatch.setattr(tracking.lane, "MAX_QUEUED_CALLS", 3)
     monkeypatch.setattr(tracking, "CLOSE_LIMIT_S", 0.1)
-    said = followed(Recording(slow_s=1.0), 20)
-    assert any("did not finish in time" in line for line in said)
-    assert any("too slow: 16 updates" in line for line in said)
+    printed = send_steps(RecordingTracker(slow_s=1.0), 20)
+    assert any("did not finish in time" in line for line in printed)
+    assert any("too slow: 16 updates" in line for line in printed)
 
 
-def test_completions_are_sent_now_and_then():
-    tracker = Recording()
-    lanes = Tracking([TrackerThread("mine", lambda: tracker)], print, 100)
+def test_completions_are_sent_for_a_few_steps():
+    tracker = RecordingTracker()
+    tracking_run = Tracking([TrackerThread("mine", lambda: tracker)], print, 100)
     for step in range(1, 101):
-        lanes.log_completions(step, [{"step": step, "completion": "a"}] * 40)
-    lanes.close(stopped=False)
+        tracking_run.log_completions(step, [{"step": step, "completion": "a"}] * 40)
+    tracking_run.close(stopped=False)
     assert [step for step, _ in tracker.calls] == [1, *range(5, 101, 5)]
     assert all(len(rows) == 16 for _, rows in tracker.calls)
 

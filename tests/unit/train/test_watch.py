@@ -15,51 +15,51 @@ def row(step: int, reward: float | None, flat: float) -> dict[str, Any]:
     return {"step": step, "loss": 0.0, "reward": reward, "frac_reward_zero_std": flat}
 
 
-def test_no_spread_for_many_steps_is_said_once(tmp_path: Path) -> None:
-    said: list[str] = []
-    watch = RewardWatch(tmp_path, said.append)
+def test_equal_rewards_for_many_steps_are_reported_once(tmp_path: Path) -> None:
+    printed: list[str] = []
+    watch = RewardWatch(tmp_path, printed.append)
     rows = [row(step, 0.0, 1.0) for step in range(1, 2 * MAX_STEPS_WITHOUT_SIGNAL + 1)]
     for number, one in enumerate(rows, start=1):
         watch.check_row(one)
-        assert len(said) == (number >= MAX_STEPS_WITHOUT_SIGNAL)
+        assert len(printed) == (number >= MAX_STEPS_WITHOUT_SIGNAL)
         assert one[COUNT_METRIC] == number
-    assert f"for {MAX_STEPS_WITHOUT_SIGNAL} steps in a row" in said[0]
-    assert f"step {MAX_STEPS_WITHOUT_SIGNAL}: reward 0.000 on average" in said[0]
-    assert "what to do: read completions.jsonl" in said[0]
+    assert f"for {MAX_STEPS_WITHOUT_SIGNAL} steps in a row" in printed[0]
+    assert f"step {MAX_STEPS_WITHOUT_SIGNAL}: reward 0.000 on average" in printed[0]
+    assert "what to do: read completions.jsonl" in printed[0]
 
 
-def test_a_short_run_without_any_spread_is_said_at_its_end(tmp_path: Path) -> None:
-    said: list[str] = []
-    watch = RewardWatch(tmp_path, said.append)
+def test_a_short_run_without_signal_is_reported_at_its_end(tmp_path: Path) -> None:
+    printed: list[str] = []
+    watch = RewardWatch(tmp_path, printed.append)
     for step in (1, 2):
         watch.check_row(row(step, 0.0, 1.0))
-    assert said == []
+    assert printed == []
     watch.finish()
-    assert "for 2 steps in a row all completions of each prompt had the same reward" in said[0]
-    other = RewardWatch(tmp_path, said.append)
+    assert "for 2 steps in a row all completions of each prompt had the same reward" in printed[0]
+    other = RewardWatch(tmp_path, printed.append)
     other.check_row(row(1, 0.5, 0.5))
     other.check_row(row(2, 0.5, 1.0))
     other.finish()
-    assert len(said) == 1
+    assert len(printed) == 1
 
 
-def test_one_group_with_spread_begins_the_count_again(tmp_path: Path) -> None:
-    said: list[str] = []
-    watch = RewardWatch(tmp_path, said.append)
+def test_one_group_with_spread_resets_the_count(tmp_path: Path) -> None:
+    printed: list[str] = []
+    watch = RewardWatch(tmp_path, printed.append)
     for step in range(1, 5 * MAX_STEPS_WITHOUT_SIGNAL):
         one = row(step, 0.5, 0.75 if step % (MAX_STEPS_WITHOUT_SIGNAL - 1) == 0 else 1.0)
         watch.check_row(one)
         assert (COUNT_METRIC in one) == (step % (MAX_STEPS_WITHOUT_SIGNAL - 1) != 0)
-    assert said == []
+    assert printed == []
 
 
-def test_rewards_that_are_all_none_are_said_at_once(tmp_path: Path) -> None:
-    said: list[str] = []
-    watch = RewardWatch(tmp_path, said.append)
+def test_rewards_that_are_all_none_are_reported_at_once(tmp_path: Path) -> None:
+    printed: list[str] = []
+    watch = RewardWatch(tmp_path, printed.append)
     for step in (3, 4):
         watch.check_row(row(step, None, 0.0))
-    assert len(said) == 1
-    assert said[0].startswith("warning: step 3: every reward is None or NaN")
+    assert len(printed) == 1
+    assert printed[0].startswith("warning: step 3: every reward is None or NaN")
 
 
 def test_evaluations_and_steps_without_new_completions_do_not_count(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_evaluations_and_steps_without_new_completions_do_not_count(tmp_path: Pa
         assert COUNT_METRIC not in one
 
 
-def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_count(tmp_path: Path) -> None:
     """metrics.jsonl is the same whether a run was cut or not."""
     rows = [{**row(1, 0.0, 1.0), COUNT_METRIC: 7}, {"step": 1, "eval/reward": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
