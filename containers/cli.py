@@ -97,41 +97,41 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def script(words: list[str]) -> list[str]:
+def script_command(command_line: list[str]) -> list[str]:
     """Return the path of the script for a command line, and its arguments.
 
     Raises:
         SystemExit: the command line is wrong (exit code 2).
     """
     top = parser()
-    given, rest = top.parse_known_args(words)
-    if rest and given.command != "test":  # `test` passes the rest to pytest
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
-    if given.command == "build":
-        stand_in = "1" if given.stand_in else "0"
+    options, extra_arguments = top.parse_known_args(command_line)
+    if extra_arguments and options.command != "test":  # `test` passes the rest to pytest
+        top.error(f"unrecognized arguments: {' '.join(extra_arguments)}")
+    if options.command == "build":
+        stand_in = "1" if options.stand_in else "0"
         values = [
-            given.target,
+            options.target,
             stand_in,
-            given.engine or "",
-            given.tag or f"localhost/toolkit:{given.target}",
+            options.engine or "",
+            options.tag or f"localhost/toolkit:{options.target}",
         ]
-    elif given.command == "sif":
-        output = str(Path(given.output).absolute()) if given.output else ""
-        values = [given.target, given.source, "1" if given.stand_in else "0", output]
-    elif given.command == "lock":
-        values = [given.mode]
-    elif given.command == "test":
-        values = ["image and not slow" if given.quick else "image", *rest]
-    elif given.command == "sbom":
-        for target in given.targets:
+    elif options.command == "sif":
+        output = str(Path(options.output).absolute()) if options.output else ""
+        values = [options.target, options.source, "1" if options.stand_in else "0", output]
+    elif options.command == "lock":
+        values = [options.mode]
+    elif options.command == "test":
+        values = ["image and not slow" if options.quick else "image", *extra_arguments]
+    elif options.command == "sbom":
+        for target in options.targets:
             if target not in TARGETS:
                 top.error(f"there is no target {target}; the targets are {', '.join(TARGETS)}")
-        values = [given.folder, *(given.targets or TARGETS)]
+        values = [options.folder, *(options.targets or TARGETS)]
     else:
-        values = given.locks or list(LOCKS)
-    return [str(FOLDER / f"{given.command}.sh"), *values]
+        values = options.locks or list(LOCKS)
+    return [str(FOLDER / f"{options.command}.sh"), *values]
 
 
 if __name__ == "__main__":
-    command = ["bash", *script(sys.argv[1:])]
+    command = ["bash", *script_command(sys.argv[1:])]
     os.execvp(command[0], command)

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 # Fields of the docker format with random names of the build.
-OF_THE_BUILDER = ("container", "container_config", "parent")
+BUILDER_FIELDS = ("container", "container_config", "parent")
 INTERMEDIATE = re.compile(r"FROM [0-9a-f]{12}")
 
 
-def fixed(config: dict[str, Any]) -> dict[str, Any]:
+def without_builder_values(config: dict[str, Any]) -> dict[str, Any]:
     """Return ``config`` without the values in which two builds of the same files differ."""
-    kept = {name: value for name, value in config.items() if name not in OF_THE_BUILDER}
-    kept["config"] = {**config["config"], "Hostname": ""}
-    kept["history"] = [
+    result = {name: value for name, value in config.items() if name not in BUILDER_FIELDS}
+    result["config"] = {**config["config"], "Hostname": ""}
+    result["history"] = [
         {
             name: value
             for name, value in entry.items()
@@ -35,14 +35,16 @@ def fixed(config: dict[str, Any]) -> dict[str, Any]:
         }
         for entry in config["history"]
     ]
-    return kept
+    return result
 
 
-def write(inspected: dict[str, Any], folder: Path) -> int:
+def write_image(inspection: dict[str, Any], folder: Path) -> int:
     """Write manifest and configuration in the layout of `dir:`. Return the bytes of all layers."""
-    content = json.dumps(fixed(json.loads(inspected["Config"])), separators=(",", ":")).encode()
+    content = json.dumps(
+        without_builder_values(json.loads(inspection["Config"])), separators=(",", ":")
+    ).encode()
     digest = hashlib.sha256(content).hexdigest()
-    manifest = json.loads(inspected["Manifest"])
+    manifest = json.loads(inspection["Manifest"])
     manifest["config"] |= {"digest": f"sha256:{digest}", "size": len(content)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / digest).write_bytes(content)
@@ -52,5 +54,5 @@ def write(inspected: dict[str, Any], folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    total = write(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    total = write_image(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
     sys.stdout.write(f"{total}\n")

@@ -31,14 +31,14 @@ def normalize(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def installed() -> dict[str, str]:
+def installed_packages() -> dict[str, str]:
     """Return every installed package except the toolkit: normalized name -> version."""
-    found = {normalize(d.metadata["Name"]): d.version for d in metadata.distributions()}
-    found.pop(PROJECT, None)
-    return dict(sorted(found.items()))
+    versions = {normalize(d.metadata["Name"]): d.version for d in metadata.distributions()}
+    versions.pop(PROJECT, None)
+    return dict(sorted(versions.items()))
 
 
-def locked(path: Path) -> dict[str, set[str]]:
+def read_lock(path: Path) -> dict[str, set[str]]:
     """Return the packages of a lock file: normalized name -> versions (several if a marker chooses
     one of them).
     """
@@ -48,7 +48,7 @@ def locked(path: Path) -> dict[str, set[str]]:
     return pins
 
 
-def key(version: str) -> tuple[int, ...]:
+def release_numbers(version: str) -> tuple[int, ...]:
     """Return the release numbers of a version, without the local part (+cpu)."""
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
 
@@ -61,45 +61,45 @@ def satisfies(version: str, specifier: str) -> bool:
         SystemExit: a clause of the specifier has another form.
     """
     width = 6
-    have = (key(version) + (0,) * width)[:width]
+    version_numbers = (release_numbers(version) + (0,) * width)[:width]
     for clause in filter(None, specifier.replace(" ", "").split(",")):
         match = re.fullmatch(r"(==|>=|<=|<|>)([0-9][0-9.]*)", clause)
         if match is None:
             raise SystemExit(
                 f"image_manifest: pyproject.toml: unknown form of requirement: {clause!r}"
             )
-        want = (key(match[2]) + (0,) * width)[:width]
-        verdicts = {
-            "==": have == want,
-            ">=": have >= want,
-            "<=": have <= want,
-            "<": have < want,
-            ">": have > want,
+        clause_numbers = (release_numbers(match[2]) + (0,) * width)[:width]
+        comparisons = {
+            "==": version_numbers == clause_numbers,
+            ">=": version_numbers >= clause_numbers,
+            "<=": version_numbers <= clause_numbers,
+            "<": version_numbers < clause_numbers,
+            ">": version_numbers > clause_numbers,
         }
-        if not verdicts[match[1]]:
+        if not comparisons[match[1]]:
             return False
     return True
 
 
-def wanted(requirements: list[str], extra: str | None) -> dict[str, list[str]]:
+def required_packages(requirements: list[str], extra: str | None) -> dict[str, list[str]]:
     """Return the requirements of the project with ``extra``, and with the extras that it includes:
     name -> specifiers.
 
     Raises:
         SystemExit: a requirement has an unknown form.
     """
-    asked: dict[str, list[str]] = {}
-    todo: list[str | None] = [None, *([extra] if extra else [])]
+    specifiers: dict[str, list[str]] = {}
+    pending_extras: list[str | None] = [None, *([extra] if extra else [])]
     seen: set[str | None] = set()
-    while todo:
-        current = todo.pop()
+    while pending_extras:
+        current = pending_extras.pop()
         if current in seen:
             continue
         seen.add(current)
         for requirement in requirements:
             body, _, marker = (part.strip() for part in requirement.partition(";"))
-            at = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", marker)
-            if (normalize(at[1]) if at else None) != current:
+            extra_match = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", marker)
+            if (normalize(extra_match[1]) if extra_match else None) != current:
                 continue
             match = re.fullmatch(r"([A-Za-z0-9._-]+)\s*(?:\[([^\]]*)\])?\s*\(?([^)]*)\)?", body)
             if match is None:
@@ -107,41 +107,43 @@ def wanted(requirements: list[str], extra: str | None) -> dict[str, list[str]]:
                     f"image_manifest: pyproject.toml: unknown form of requirement: {requirement!r}"
                 )
             if normalize(match[1]) == PROJECT:
-                todo.extend(normalize(name.strip()) for name in (match[2] or "").split(","))
+                pending_extras.extend(
+                    normalize(name.strip()) for name in (match[2] or "").split(",")
+                )
             else:
-                asked.setdefault(normalize(match[1]), []).append(match[3])
-    return asked
+                specifiers.setdefault(normalize(match[1]), []).append(match[3])
+    return specifiers
 
 
-def faults(target: str, locks: Path, have: dict[str, str]) -> list[str]:
+def find_mismatches(target: str, locks: Path, installed: dict[str, str]) -> list[str]:
     """Return one text for each difference between lock, environment and pyproject.toml."""
     extra, files = TARGETS[target]
     pins: dict[str, set[str]] = {}
     for name in files:
-        for package, versions in locked(locks / name).items():
+        for package, versions in read_lock(locks / name).items():
             pins.setdefault(package, set()).update(versions)
-    found = []
-    for package, specifiers in wanted(metadata.requires(PROJECT) or [], extra).items():
-        version = have.get(package)
+    mismatches = []
+    for package, specifiers in required_packages(metadata.requires(PROJECT) or [], extra).items():
+        version = installed.get(package)
         for specifier in specifiers:
             if version is None:
-                found.append(
+                mismatches.append(
                     f"pyproject.toml requires {package}{specifier}, but the lock has no {package}"
                 )
             elif not satisfies(version, specifier):
-                found.append(
+                mismatches.append(
                     f"pyproject.toml requires {package}{specifier}, but the lock has "
                     f"{package}=={version}"
                 )
-    found += [
+    mismatches += [
         f"{package} {version} is installed, but it is not in the lock"
-        for package, version in have.items()
+        for package, version in installed.items()
         if version not in pins.get(package, set())
     ]
-    return sorted(set(found))
+    return sorted(set(mismatches))
 
 
-def digest(files: list[Path]) -> str:
+def lock_digest(files: list[Path]) -> str:
     """Return one SHA-256 over the bytes of all lock files, in the given order."""
     total = hashlib.sha256()
     for path in files:
@@ -159,10 +161,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--base", default="unknown")
     parser.add_argument("--source-date-epoch", type=int, default=0)
     options = parser.parse_args(argv)
-    have = installed()
-    wrong = faults(options.target, options.locks, have)
-    if wrong:
-        lines = ["error: the lock does not match pyproject.toml", *(f"  {line}" for line in wrong)]
+    packages = installed_packages()
+    mismatches = find_mismatches(options.target, options.locks, packages)
+    if mismatches:
+        lines = [
+            "error: the lock does not match pyproject.toml",
+            *(f"  {line}" for line in mismatches),
+        ]
         lines.append("  fix: run `just lock`, check the changes, and commit them")
         sys.stderr.write("\n".join(lines) + "\n")
         return 1
@@ -175,8 +180,8 @@ def main(argv: list[str] | None = None) -> int:
         "base": options.base,
         "python": platform.python_version(),
         "source_date_epoch": options.source_date_epoch,
-        "lock": {"files": [f"locks/{path.name}" for path in files], "digest": digest(files)},
-        "packages": have,
+        "lock": {"files": [f"locks/{path.name}" for path in files], "digest": lock_digest(files)},
+        "packages": packages,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(content, indent=2) + "\n")

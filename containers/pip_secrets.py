@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PASSED_ON = {"index-url", "extra-index-url", "trusted-host", "proxy", "timeout"}
+FORWARDED_OPTIONS = {"index-url", "extra-index-url", "trusted-host", "proxy", "timeout"}
 
 
 def pip_settings() -> list[tuple[str, str]]:
@@ -29,24 +29,24 @@ def pip_settings() -> list[tuple[str, str]]:
     return [(name.rpartition(".")[2], value.strip().strip("'")) for name, _, value in ordered]
 
 
-def words(value: str) -> list[str]:
+def split_words(value: str) -> list[str]:
     """Split a setting into its words. `pip config list` prints line breaks as ``\\n``."""
     return [word for word in re.split(r"\s+|\\n", value) if word]
 
 
-def write(folder: Path, locks: Path) -> None:
+def write_secrets(folder: Path, locks: Path) -> None:
     """Write pip.conf, ca.crt and wheels/ to ``folder``. ``image-torch.txt`` of ``locks`` names the
     torch release of the wheels.
     """
-    kept: dict[str, str] = {}
+    forwarded: dict[str, str] = {}
     links: list[str] = []
     for option, value in pip_settings():
         if option == "find-links":
-            links += words(value)
-        remote = [word for word in words(value) if not word.startswith(("file:", "/"))]
-        if option in PASSED_ON and remote:
-            kept[option] = " ".join(remote)
-    lines = "".join(f"{option} = {value}\n" for option, value in kept.items())
+            links += split_words(value)
+        remote = [word for word in split_words(value) if not word.startswith(("file:", "/"))]
+        if option in FORWARDED_OPTIONS and remote:
+            forwarded[option] = " ".join(remote)
+    lines = "".join(f"{option} = {value}\n" for option, value in forwarded.items())
     (folder / "pip.conf").write_text(f"[global]\n{lines}")
     certificate = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
     (folder / "ca.crt").write_bytes(Path(certificate).read_bytes() if certificate else b"")
@@ -60,4 +60,4 @@ def write(folder: Path, locks: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(__file__).resolve().parent.parent / "locks")
+    write_secrets(Path(sys.argv[1]), Path(__file__).resolve().parent.parent / "locks")

@@ -23,7 +23,7 @@ SIZING = DOCS / "sizing"
 WIDTHS = {"": 1100, "-narrow": 480}
 
 
-def command(*words: str, cwd: Path = DOCS.parent) -> str:
+def command_output(*words: str, cwd: Path = DOCS.parent) -> str:
     """The output of one of our commands, as a terminal of 100 columns shows it."""
     environ = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
     return subprocess.run(
@@ -38,15 +38,15 @@ def command(*words: str, cwd: Path = DOCS.parent) -> str:
 
 def sizing_output() -> str:
     """What sizing.md shows: ``envcheck size run.yaml --gpu h100`` in docs/sizing."""
-    text = command("envcheck", "size", "run.yaml", "--gpu", "h100", cwd=SIZING)
+    text = command_output("envcheck", "size", "run.yaml", "--gpu", "h100", cwd=SIZING)
     return text.replace(f"{SIZING}/", "")
 
 
 def sizing_json() -> dict[str, Any]:
     """The same as values."""
-    words = ("size", "run.yaml", "--gpu", "h100", "--json")
-    found: dict[str, Any] = json.loads(command("envcheck", *words, cwd=SIZING))
-    return found
+    arguments = ("size", "run.yaml", "--gpu", "h100", "--json")
+    result: dict[str, Any] = json.loads(command_output("envcheck", *arguments, cwd=SIZING))
+    return result
 
 
 COLOURS = {
@@ -55,7 +55,7 @@ COLOURS = {
     "adapter and optimizer": "#db2777", "training step": "#dc2626",
     "context and margins": "#64748b",
 }  # fmt: skip
-PARTS = (
+TERM_GROUPS = (
     ("weights", ("engine.weights",)),
     ("LoRA slots", ("engine.lora",)),
     ("KV cache", ("engine.kv",)),
@@ -67,26 +67,26 @@ PARTS = (
 )
 
 
-def size_drawing(found: dict[str, Any]) -> str:
+def size_drawing(result: dict[str, Any]) -> str:
     """The budget of ``envcheck size --json`` as two bars, in SVG."""
-    total = found["device"]["cuda_total_bytes"]
-    bars, y = [], 26
+    total = result["device"]["cuda_total_bytes"]
+    elements, y = [], 26
     for phase, skip in (("rollouts", "training"), ("training", "rollout")):
         sums = dict.fromkeys(COLOURS, 0)
-        for term in found["budget"]:
+        for term in result["budget"]:
             if term["phase"] != skip:
-                name = next(n for n, starts in PARTS if term["term"].startswith(starts))
+                name = next(n for n, starts in TERM_GROUPS if term["term"].startswith(starts))
                 sums[name] += term["bytes"]
-        bars.append(f'<text x="6" y="{y + 20}">{phase}</text>')
+        elements.append(f'<text x="6" y="{y + 20}">{phase}</text>')
         x = 80.0
         for name, size in sums.items():
             width = 600 * size / total
-            bars.append(
+            elements.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="30"'
                 f' fill="{COLOURS[name]}"><title>{name}: {size / 2**30:.1f} GiB</title></rect>'
             )
             x += width
-        bars.append(
+        elements.append(
             f'<rect x="80" y="{y}" width="600" height="30" fill="none" stroke="#94a3b8"/>'
             f'<text x="690" y="{y + 20}">{sum(sums.values()) / 2**30:.1f} GiB</text>'
         )
@@ -94,19 +94,19 @@ def size_drawing(found: dict[str, Any]) -> str:
     y += 8
     for index, (name, colour) in enumerate(COLOURS.items()):
         x, row = 80 + 230 * (index % 3), y + 22 * (index // 3)
-        bars.append(f'<rect x="{x}" y="{row}" width="12" height="12" fill="{colour}"/>')
-        bars.append(f'<text x="{x + 18}" y="{row + 11}">{name}</text>')
+        elements.append(f'<rect x="{x}" y="{row}" width="12" height="12" fill="{colour}"/>')
+        elements.append(f'<text x="{x + 18}" y="{row + 11}">{name}</text>')
     head = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 200" font-family="sans-serif"'
         ' font-size="14" fill="#64748b">'
     )
     title = f'<text x="80" y="14">of {total / 2**30:.1f} GiB on the card</text>'
-    return "\n".join([head, title, *bars, "</svg>", ""])
+    return "\n".join([head, title, *elements, "</svg>", ""])
 
 
 COLUMNS = {"": 110, "-narrow": 50}
 STEPS_SHOWN = 6  # at the start, and the same number at the end
-_AS_WRITTEN: dict[str, Any] = {"replace_whitespace": False, "drop_whitespace": False}
+_KEEP_WHITESPACE: dict[str, Any] = {"replace_whitespace": False, "drop_whitespace": False}
 _LINE, _CHARACTER, _EDGE = 20, 8.43, 16  # pixels of 14 px monospace
 
 
@@ -121,7 +121,7 @@ def progress_lines(text: str, columns: int) -> list[str]:
     steps = [n for n, line in enumerate(shown) if line.startswith("step ")]
     shown[steps[STEPS_SHOWN] : steps[-STEPS_SHOWN]] = ["..."]
     if columns == COLUMNS[""]:
-        return [part for line in shown for part in textwrap.wrap(line, columns, **_AS_WRITTEN)]
+        return [part for line in shown for part in textwrap.wrap(line, columns, **_KEEP_WHITESPACE)]
     return [line if len(line) <= columns else f"{line[: columns - 1]}…" for line in shown]
 
 
@@ -139,15 +139,15 @@ def progress_drawing(text: str, columns: int) -> str:
         f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8"'
         ' fill="#0f172a" stroke="#64748b"/>'
     )
-    drawn = []
+    elements = []
     for number, line in enumerate(lines):
         colour = "#7dd3fc" if line.startswith("$ ") else "#e2e8f0"
         length = f' textLength="{len(line) * _CHARACTER:.1f}"' if line.strip() else ""
-        drawn.append(
+        elements.append(
             f'<text x="{_EDGE}" y="{_EDGE + 15 + number * _LINE}" xml:space="preserve"'
             f'{length} fill="{colour}">{html.escape(line, quote=False)}</text>'
         )
-    return "\n".join([head, frame, *drawn, "</svg>", ""])
+    return "\n".join([head, frame, *elements, "</svg>", ""])
 
 
 def write_progress() -> None:
@@ -158,7 +158,9 @@ def write_progress() -> None:
         (PICTURES / f"progress{suffix}.svg").write_text(drawing, encoding="utf-8")
 
 
-def shoot(page: Path, picture: Path, width: int, *, dark: bool = False, height: int = 900) -> None:
+def take_screenshot(
+    page: Path, picture: Path, width: int, *, dark: bool = False, height: int = 900
+) -> None:
     """A screenshot of a page in a file, by headless Chromium."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
@@ -190,13 +192,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "demo"
-        text = command("toolkit", "demo", "--out", str(out)).replace(str(out), "runs/demo")
+        text = command_output("toolkit", "demo", "--out", str(out)).replace(str(out), "runs/demo")
         (PICTURES / "demo.txt").write_text(text, encoding="utf-8")
         write_progress()
         report = next(out.rglob("report.html"))
         for suffix, width in WIDTHS.items():
-            shoot(report, PICTURES / f"report{suffix}.png", width)
-        shoot(report, PICTURES / "report-dark.png", WIDTHS[""], dark=True)
+            take_screenshot(report, PICTURES / f"report{suffix}.png", width)
+        take_screenshot(report, PICTURES / "report-dark.png", WIDTHS[""], dark=True)
 
 
 if __name__ == "__main__":

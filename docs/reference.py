@@ -50,22 +50,26 @@ def _pages() -> Iterator[tuple[str, str]]:
         list(checks_by_id().values()),
     )
     keys = dict(all_keys())
-    yield _place("rules/index"), _list_of_rules(rules)
-    yield from ((_place(f"rules/{rule.id}"), _rule(rule)) for rule in rules)
-    yield _place("checks/index"), _list_of_checks(checks)
-    yield from ((_place(f"checks/{check.id}"), _check(check)) for check in checks)
-    yield _place("keys/index"), _list_of_keys(keys)
-    yield from ((_place(f"keys/{key_name(name)}"), _key(name, keys[name])) for name in keys)
-    yield _place("cards/index"), _list_of_cards()
-    yield _place("exit-codes/index"), _list_of_codes()
-    yield from ((_place(f"exit-codes/{code}"), _code(code)) for code in EXIT_CODES)
-    yield from ((_place(f"import/{form}"), _import(form)) for form in TABLE_MODULES)
-    yield _place("metrics/index"), _list_of_metrics()
-    yield _place("symptoms/index"), _list_of_symptoms()
-    yield from ((_place(f"symptoms/{symptom.id}"), _symptom(symptom)) for symptom in SYMPTOMS)
+    yield _page_path("rules/index"), _rules_index(rules)
+    yield from ((_page_path(f"rules/{rule.id}"), _rule_page(rule)) for rule in rules)
+    yield _page_path("checks/index"), _checks_index(checks)
+    yield from ((_page_path(f"checks/{check.id}"), _check_page(check)) for check in checks)
+    yield _page_path("keys/index"), _keys_index(keys)
+    yield from (
+        (_page_path(f"keys/{key_name(name)}"), _key_page(name, keys[name])) for name in keys
+    )
+    yield _page_path("cards/index"), _cards_index()
+    yield _page_path("exit-codes/index"), _exit_codes_index()
+    yield from ((_page_path(f"exit-codes/{code}"), _exit_code_page(code)) for code in EXIT_CODES)
+    yield from ((_page_path(f"import/{form}"), _import_page(form)) for form in TABLE_MODULES)
+    yield _page_path("metrics/index"), _metrics_index()
+    yield _page_path("symptoms/index"), _symptoms_index()
+    yield from (
+        (_page_path(f"symptoms/{symptom.id}"), _symptom_page(symptom)) for symptom in SYMPTOMS
+    )
 
 
-def _place(name: str) -> str:
+def _page_path(name: str) -> str:
     return f"{FOLDER}/{name}.md"
 
 
@@ -74,7 +78,7 @@ def key_name(key: str) -> str:
     return key.replace("[]", "")
 
 
-def _text(text: str) -> str:
+def _escape(text: str) -> str:
     """Plain text as Markdown that shows the same characters."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)
 
@@ -99,12 +103,12 @@ def _check_link(name: str) -> str:
     return f"[`{name}`](../checks/{name}.md)"
 
 
-def _rule(rule: Rule) -> str:
-    why = f"\n{_text(rule.why)}\n" if rule.why else ""
+def _rule_page(rule: Rule) -> str:
+    why = f"\n{_escape(rule.why)}\n" if rule.why else ""
     known = dict(all_keys())
     keys = [_key_link(key) if key in known else f"`{key}`" for key in rule.keys]
     return (
-        f"# {rule.id}\n\n**{_text(rule.summary)}** ({rule.severity})\n{why}\n"
+        f"# {rule.id}\n\n**{_escape(rule.summary)}** ({rule.severity})\n{why}\n"
         f"## Example of what it finds\n\n{_code_block(rule.example, 'yaml')}\n"
         f"## Fix\n\n{_code_block(rule.fix)}\n"
         + (f"## Keys\n\n{_bullets(keys)}\n" if keys else "")
@@ -112,38 +116,40 @@ def _rule(rule: Rule) -> str:
     )
 
 
-def _list_of_rules(rules: list[Rule]) -> str:
-    rows = "".join(f"| [{r.id}]({r.id}.md) | {r.severity} | {_text(r.summary)} |\n" for r in rules)
+def _rules_index(rules: list[Rule]) -> str:
+    rows = "".join(
+        f"| [{r.id}]({r.id}.md) | {r.severity} | {_escape(r.summary)} |\n" for r in rules
+    )
     return (
         "# Rules\n\nWhat `envcheck validate` checks in a run file. An error stops a run; a warning"
         f" does not.\n\n| rule | severity | what it finds |\n| --- | --- | --- |\n{rows}"
     )
 
 
-def _check(check: Check) -> str:
+def _check_page(check: Check) -> str:
     return (
-        f"# {check.id}\n\n**{_text(check.title)}**\n\n{_text(check.why)}\n\n## Fix\n\n"
-        f"{_text(check.remedy)}\n\nOnly this check: `envcheck check --only {check.id}`. In a"
+        f"# {check.id}\n\n**{_escape(check.title)}**\n\n{_escape(check.why)}\n\n## Fix\n\n"
+        f"{_escape(check.remedy)}\n\nOnly this check: `envcheck check --only {check.id}`. In a"
         f" terminal: `envcheck explain {check.id}`.\n"
     )
 
 
-def _list_of_checks(checks: list[Check]) -> str:
-    rows = "".join(f"| [`{c.id}`]({c.id}.md) | {_text(c.title)} |\n" for c in checks)
+def _checks_index(checks: list[Check]) -> str:
+    rows = "".join(f"| [`{c.id}`]({c.id}.md) | {_escape(c.title)} |\n" for c in checks)
     return (
         "# Checks\n\nWhat `envcheck check` checks on a node. A verdict is ok, warn, fail or"
         f" unknown.\n\n| check | what must be true |\n| --- | --- |\n{rows}"
     )
 
 
-def _key(name: str, schema: dict[str, Any]) -> str:
+def _key_page(name: str, schema: dict[str, Any]) -> str:
     lines = explain_key(name, schema).split("\n")
     rules = [rule for rule in all_rules().values() if name in rule.keys]
     body = "\n".join(lines[1:])
     body = body.split("\n\nRules:\n")[0].rstrip()
-    listed = _bullets(f"{_rule_link(rule.id)}: {_text(rule.summary)}" for rule in rules)
+    listed = _bullets(f"{_rule_link(rule.id)}: {_escape(rule.summary)}" for rule in rules)
     return (
-        f"# {_text(name)}\n\n{_code_block(_dedent(body))}\n"
+        f"# {_escape(name)}\n\n{_code_block(_dedent(body))}\n"
         + (f"## Rules about it\n\n{listed}\n" if rules else "")
         + f"In a terminal: `envcheck explain {name}`.\n"
     )
@@ -153,45 +159,45 @@ def _dedent(text: str) -> str:
     return re.sub(r"^  ", "", text, flags=re.MULTILINE)
 
 
-def _list_of_keys(keys: dict[str, dict[str, Any]]) -> str:
+def _keys_index(keys: dict[str, dict[str, Any]]) -> str:
     text = "# Keys\n\nEvery key of a run file, by section.\n"
     for section in ("extends", *SECTIONS):
         text += f"\n## {section}\n\n| key | meaning |\n| --- | --- |\n"
         for name, schema in keys.items():
             if name.partition(".")[0] == section and "x-refused" not in schema:
                 first = schema["description"].split(". ")[0].rstrip(".")
-                text += f"| [`{name}`]({key_name(name)}.md) | {_text(first)} |\n"
+                text += f"| [`{name}`]({key_name(name)}.md) | {_escape(first)} |\n"
     refused = [name for name, schema in keys.items() if "x-refused" in schema]
     links = ", ".join(f"[`{name}`]({key_name(name)}.md)" for name in refused)
     why = "Fields of TRL's GRPOConfig that the toolkit sets"
     return f"{text}\n## Not in a run file\n\n{why}: {links}.\n"
 
 
-def _import(form: str) -> str:
+def _import_page(form: str) -> str:
     found = load_table(form)
     rows = table_markdown(form).partition("\n\n")[2]
     return (
-        f"# From {_text(found.title)}\n\nWhat `toolkit import` makes of each key. Print it with"
+        f"# From {_escape(found.title)}\n\nWhat `toolkit import` makes of each key. Print it with"
         f" `toolkit import --table {form}`.\n\n{rows}\n"
     )
 
 
-def _list_of_metrics() -> str:
+def _metrics_index() -> str:
     tables = (("metrics.jsonl", METRICS), ("timings.jsonl", TIMINGS))
     return (
         "# Values in the logs of a run\n\nA value of an evaluation has the prefix `eval/`. In a"
         " terminal: `envcheck explain NAME`.\n"
     ) + "".join(
         f"\n## {file}\n\n| name | what it is |\n| --- | --- |\n"
-        + "".join(f"| `{name}` | {_text(text)} |\n" for name, text in values.items())
+        + "".join(f"| `{name}` | {_escape(text)} |\n" for name, text in values.items())
         for file, values in tables
     )
 
 
-def _code(code: int) -> str:
+def _exit_code_page(code: int) -> str:
     symptoms = [one for one in SYMPTOMS if one.exit_code == code]
-    listed = _bullets(f"[{_text(one.title)}](../symptoms/{one.id}.md)" for one in symptoms)
-    return f"# Exit code {code}\n\n**{_text(EXIT_CODES[code])}**\n\n{_ACTIONS[code]}\n" + (
+    listed = _bullets(f"[{_escape(one.title)}](../symptoms/{one.id}.md)" for one in symptoms)
+    return f"# Exit code {code}\n\n**{_escape(EXIT_CODES[code])}**\n\n{_ACTIONS[code]}\n" + (
         f"\n## Symptoms with this code\n\n{listed}" if symptoms else ""
     )
 
@@ -213,9 +219,9 @@ _ACTIONS = {
 }
 
 
-def _list_of_codes() -> str:
+def _exit_codes_index() -> str:
     rows = "".join(
-        f"| [{code}]({code}.md) | {_text(text)} |\n" for code, text in EXIT_CODES.items()
+        f"| [{code}]({code}.md) | {_escape(text)} |\n" for code, text in EXIT_CODES.items()
     )
     return (
         "# Exit codes\n\nAll commands use the same codes, so that a scheduler can act on them."
@@ -234,57 +240,57 @@ _CARD_SOURCES = {
 }
 
 
-def _list_of_cards() -> str:
+def _cards_index() -> str:
     return (
         "# Cards\n\nThe cards that `--gpu` and `--require` know by name, and the slices of those"
         " that have MIG. `nvidia-smi` prints NVML's total; CUDA sees less, because the driver"
         " reserves a part, and the sizer counts with what CUDA sees. Any other card: `--gpu"
         " 24GiB:8.9`.\n\n| card | `--gpu` | NVML, MiB | CUDA, GiB | capability | where it is from |"
-        f"\n| --- | --- | ---: | ---: | --- | --- |\n{''.join(map(_card, CARDS))}"
+        f"\n| --- | --- | ---: | ---: | --- | --- |\n{''.join(map(_card_row, CARDS))}"
         "\n## MIG slices\n\n"
-        f"| card | slices, GiB | from |\n| --- | --- | --- |\n{''.join(map(_slices, CARDS))}"
+        f"| card | slices, GiB | from |\n| --- | --- | --- |\n{''.join(map(_slices_row, CARDS))}"
     )
 
 
-def _card(card: Card) -> str:
+def _card_row(card: Card) -> str:
     major, minor = card.compute_capability
     return (
         f"| {card.name} | `{card.aliases[0]}` | {card.total_bytes >> 20}"
         f" | {card.cuda_bytes / (1 << 30):.2f} | {major}.{minor}"
-        f" | {_CARD_SOURCES[card.source]}{_links(card.addresses)} |\n"
+        f" | {_CARD_SOURCES[card.source]}{_address_links(card.addresses)} |\n"
     )
 
 
-def _slices(card: Card) -> str:
+def _slices_row(card: Card) -> str:
     if not card.slices:
         return ""
     sizes = ", ".join(
         f"{name} {'about ' if source == 'computed' else ''}{size / (1 << 30):.2f}"
         for name, size, source in card.slices
     )
-    return f"| {card.name} | {sizes} |{_links(card.slice_addresses)} |\n"
+    return f"| {card.name} | {sizes} |{_address_links(card.slice_addresses)} |\n"
 
 
-def _links(addresses: Iterable[str]) -> str:
+def _address_links(addresses: Iterable[str]) -> str:
     return "".join(f" [{number}]({one})" for number, one in enumerate(addresses, 1))
 
 
-def _symptom(symptom: Symptom) -> str:
+def _symptom_page(symptom: Symptom) -> str:
     texts = "\n".join(TEXTS[symptom.id])
     found = (
-        f"Found before the start by {_finders(symptom.check)}."
+        f"Found before the start by {_finder_links(symptom.check)}."
         if symptom.has_check
-        else f"Nothing finds it before the start: {_text(symptom.check.removeprefix('none: '))}."
+        else f"Nothing finds it before the start: {_escape(symptom.check.removeprefix('none: '))}."
     )
     return (
-        f"# {_text(symptom.title)}\n\n## What to do\n\n{_text(symptom.remedy)}\n\n"
+        f"# {_escape(symptom.title)}\n\n## What to do\n\n{_escape(symptom.remedy)}\n\n"
         f"Exit code [{symptom.exit_code}](../exit-codes/{symptom.exit_code}.md). {found}"
         f"\n\n## Texts that mean it\n\n"
         "`{n}` is a number, `{w}` a word, `{..}` any text.\n\n" + _code_block(texts)
     )
 
 
-def _finders(check: str) -> str:
+def _finder_links(check: str) -> str:
     """Links to the rules and checks that a symptom names."""
     links = []
     for name in check.split(", "):
@@ -297,8 +303,10 @@ def _finders(check: str) -> str:
     return ", ".join(links)
 
 
-def _list_of_symptoms() -> str:
-    rows = "".join(f"| [{_text(one.title)}]({one.id}.md) | {one.exit_code} |\n" for one in SYMPTOMS)
+def _symptoms_index() -> str:
+    rows = "".join(
+        f"| [{_escape(one.title)}]({one.id}.md) | {one.exit_code} |\n" for one in SYMPTOMS
+    )
     return (
         "# Symptoms\n\nError texts that people meet, with their cause and the remedy. Paste a log"
         " into `envcheck explain -` to have it looked up.\n\n| symptom | exit code |\n| --- | --- |"

@@ -25,7 +25,7 @@ from toolkit.config.engine_settings import schema_properties
 from toolkit.config.run_config import ModelSection
 
 FOLDER = Path(__file__).parent
-SAYS_ITSELF = {"True": "yes", "False": "no", "None": "the library decides"}
+DEFAULT_DESCRIPTIONS = {"True": "yes", "False": "no", "None": "the library decides"}
 JSON_TYPES = {
     int: "integer",
     float: "number",
@@ -44,11 +44,11 @@ def grpo_section() -> dict[str, Any]:
 
     overlay = json.loads((FOLDER / "grpo.overlay.json").read_text(encoding="utf-8"))
     hints = typing.get_type_hints(trl.GRPOConfig)
-    texts = docstrings(trl.GRPOConfig)
-    properties = own_keys()
+    texts = field_docstrings(trl.GRPOConfig)
+    properties = toolkit_keys()
     for field in dataclasses.fields(trl.GRPOConfig):
         if field.init:
-            properties[field.name] = one_field(
+            properties[field.name] = field_schema(
                 field, hints[field.name], texts.get(field.name), overlay
             )
     unused = (set(overlay["fields"]) | set(overlay["refused"])) - set(properties)
@@ -68,7 +68,7 @@ def grpo_section() -> dict[str, Any]:
     }
 
 
-def own_keys() -> dict[str, Any]:
+def toolkit_keys() -> dict[str, Any]:
     """Return the schemas of the keys that the toolkit adds to the grpo section. TRL removed one of
     them, max_prompt_length, in version 0.28, but the toolkit still shortens prompts that are too
     long.
@@ -131,7 +131,7 @@ def own_keys() -> dict[str, Any]:
     }
 
 
-def docstrings(config: type) -> dict[str, str]:
+def field_docstrings(config: type) -> dict[str, str]:
     """Return the docstring text of each field of a config class. A class's text replaces those of
     its base classes.
     """
@@ -142,87 +142,93 @@ def docstrings(config: type) -> dict[str, str]:
     return texts
 
 
-def one_field(
+def field_schema(
     field: dataclasses.Field[Any], hint: Any, text: str | None, overlay: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the schema of one field. ``hint`` is its type, ``text`` its docstring text, and
     ``overlay`` the content of grpo.overlay.json.
     """
-    more = dict(overlay["fields"].get(field.name, {}))
+    extra = dict(overlay["fields"].get(field.name, {}))
     refused = overlay["refused"].get(field.name)
-    choices, rest = choices_of(text or field.metadata.get("help", "").replace("%%", "%"))
+    choices, rest = split_choices(text or field.metadata.get("help", "").replace("%%", "%"))
     schema: dict[str, Any] = {
         "title": field.name.replace("_", " ").capitalize(),
-        "description": more.pop("description", None) or clean(rest),
+        "description": extra.pop("description", None) or strip_markup(rest),
     }
     if refused:
         key = refused["use"]
         named = key if not key or "." in key else f"the section {key}"
         use = f"Use {named} instead." if key else "Leave the key out."
-        told = f"Not allowed in a run file: {refused['why']}. {use}"
+        descriptions = f"Not allowed in a run file: {refused['why']}. {use}"
         return schema | {
-            "description": told,
+            "description": descriptions,
             "deprecated": True,
-            "deprecationMessage": told,
+            "deprecationMessage": descriptions,
             "doNotSuggest": True,
             "x-refused": refused,
             "not": {},
         }
-    schema |= shape(hint, more.pop("nullable", True))
-    told = more.pop("told", None)
-    known = dict(choices)
+    schema |= type_schema(hint, extra.pop("nullable", True))
+    descriptions = extra.pop("told", None)
+    choice_texts = dict(choices)
     names = (
-        more.pop("enum", None)
+        extra.pop("enum", None)
         or list(field.metadata.get("choices") or ())
-        or enum_of(hint)
-        or list(known)
+        or enum_values(hint)
+        or list(choice_texts)
     )
     if names and "array" not in schema["type"]:
         if "null" in schema["type"]:
             names = [*names, None]
         schema.pop("type")
         schema["enum"] = names
-        told = {**known, **told} if isinstance(told, dict) else told or known
-        if isinstance(told, dict):
-            told = [told.get(name, SAYS_ITSELF.get(str(name), "")) for name in names]
-        schema["enumDescriptions"] = told
+        descriptions = (
+            {**choice_texts, **descriptions}
+            if isinstance(descriptions, dict)
+            else descriptions or choice_texts
+        )
+        if isinstance(descriptions, dict):
+            descriptions = [
+                descriptions.get(name, DEFAULT_DESCRIPTIONS.get(str(name), "")) for name in names
+            ]
+        schema["enumDescriptions"] = descriptions
         if not any(schema["enumDescriptions"]):
             del schema["enumDescriptions"]
-    texts = more.pop("enum_text", None)
+    texts = extra.pop("enum_text", None)
     if texts:
         others = schema.pop("type")
         if isinstance(others, list):
             others = [name for name in others if name != "string"]
-        schema["anyOf"] = [{"type": others, "minimum": more.pop("minimum")}, {"enum": texts}]
-    default = plain(
+        schema["anyOf"] = [{"type": others, "minimum": extra.pop("minimum")}, {"enum": texts}]
+    default = json_default(
         field.default if field.default is not dataclasses.MISSING else field.default_factory()
     )
-    examples = more.pop("examples", None) or names[:2] or [default]
-    return schema | more | {"default": default, "examples": examples}
+    examples = extra.pop("examples", None) or names[:2] or [default]
+    return schema | extra | {"default": default, "examples": examples}
 
 
-def choices_of(text: str) -> tuple[list[tuple[Any, str]], str]:
+def split_choices(text: str) -> tuple[list[tuple[Any, str]], str]:
     """Split a docstring text. Return the values that it lists as bullets, as pairs (value, text),
     and the rest of the text.
     """
-    found: list[tuple[list[Any], list[str]]] = []
+    choices: list[tuple[list[Any], list[str]]] = []
     rest: list[str] = []
     for line in text.split("\n"):
         bullet = BULLET.match(line)
         if bullet:
             names = [name.strip('"') for name in re.findall(r"`([^`]+)`", bullet[1])]
             values = [{"True": True, "False": False}.get(name, name) for name in names]
-            found.append((values, [bullet[2]]))
-        elif found and line.strip():
-            found[-1][1].append(line)
+            choices.append((values, [bullet[2]]))
+        elif choices and line.strip():
+            choices[-1][1].append(line)
         else:
             rest.append(line)
     return [
-        (value, clean(" ".join(said))) for values, said in found for value in values
+        (value, strip_markup(" ".join(lines))) for values, lines in choices for value in values
     ], "\n".join(rest)
 
 
-def clean(text: str) -> str:
+def strip_markup(text: str) -> str:
     """Return a docstring text as one paragraph without markup. Links are written as text followed
     by the address in parentheses.
     """
@@ -232,7 +238,7 @@ def clean(text: str) -> str:
     return re.sub(r" ?(Supported|Possible) values are:$", "", text)
 
 
-def shape(hint: Any, nullable: bool) -> dict[str, Any]:
+def type_schema(hint: Any, nullable: bool) -> dict[str, Any]:
     """Return the JSON types of a Python type (``hint``) as a part of a schema. A ``str`` beside a
     dict is left out, because TRL accepts it only for command lines.
     """
@@ -262,7 +268,7 @@ def shape(hint: Any, nullable: bool) -> dict[str, Any]:
     return {"type": kinds[0] if len(kinds) == 1 else kinds, **items}
 
 
-def enum_of(hint: Any) -> list[Any]:
+def enum_values(hint: Any) -> list[Any]:
     """Return the values of the Enum in a type; an empty list if it contains no Enum."""
     for member in (hint, *typing.get_args(hint)):
         if isinstance(member, type) and issubclass(member, enum.Enum):
@@ -270,7 +276,7 @@ def enum_of(hint: Any) -> list[Any]:
     return []
 
 
-def plain(value: Any) -> Any:
+def json_default(value: Any) -> Any:
     """Return a default value as a JSON value."""
     return value.value if isinstance(value, enum.Enum) else value
 
@@ -292,8 +298,8 @@ def main() -> int:
     code.
     """
     path = FOLDER / "run.schema.json"
-    wanted = render()
-    if path.read_text(encoding="utf-8") == wanted:
+    expected = render()
+    if path.read_text(encoding="utf-8") == expected:
         return 0
     if "--check" in sys.argv[1:]:
         sys.stderr.write(
@@ -301,7 +307,7 @@ def main() -> int:
             "run `just schemas` to write it again\n"
         )
         return 1
-    path.write_text(wanted, encoding="utf-8")
+    path.write_text(expected, encoding="utf-8")
     return 0
 
 

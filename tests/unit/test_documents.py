@@ -19,7 +19,7 @@ DOCUMENTS = [
 ]  # fmt: skip
 
 
-def missing(text: str) -> list[str]:
+def missing_paths(text: str) -> list[str]:
     """Paths below toolkit/ in ``text`` that are neither a file nor a folder, or lack the name."""
     found = []
     for path, suffix, name in PATHS.findall(text):
@@ -43,7 +43,7 @@ def missing(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_document_names_what_exists(name: str) -> None:
-    assert missing((ROOT / name).read_text(encoding="utf-8")) == []
+    assert missing_paths((ROOT / name).read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("package", PACKAGES.split("|"))
@@ -53,11 +53,11 @@ def test_a_docstring_or_comment_names_what_exists(package: str) -> None:
         text = "\n".join(
             line for line in file.read_text(encoding="utf-8").split("\n") if "import" not in line
         )
-        if gone := missing(text):
+        if gone := missing_paths(text):
             found[str(file.relative_to(ROOT))] = gone
     assert found == {}
 
 
 def test_the_check_finds_a_missing_file_and_a_missing_name() -> None:
     text = "see engine/no_such_file.py, config/resolved.no_such_name and train/step/packing"
-    assert missing(text) == ["engine/no_such_file.py", "config/resolved.no_such_name"]
+    assert missing_paths(text) == ["engine/no_such_file.py", "config/resolved.no_such_name"]

@@ -36,7 +36,7 @@ def imports(text: str) -> Iterator[tuple[str, str]]:
             yield from ((f"{node.module}.{alias.name}", node.module) for alias in node.names)
 
 
-def cycle(sources: dict[str, str]) -> list[str]:
+def find_cycle(sources: dict[str, str]) -> list[str]:
     """One cycle, as the modules on it; empty if there is none."""
     edges = {}
     for name, text in sources.items():
@@ -50,12 +50,12 @@ def cycle(sources: dict[str, str]) -> list[str]:
 
 
 def test_no_modules_import_each_other() -> None:
-    assert cycle(modules()) == []
+    assert find_cycle(modules()) == []
 
 
 def test_a_cycle_is_found_in_functions_and_in_types() -> None:
     lazy = {"p.a": "def f():\n    from p.b import x", "p.b": "from p import c", "p.c": "import p.a"}
-    assert set(cycle(lazy)) == {"p.a", "p.b", "p.c"}
+    assert set(find_cycle(lazy)) == {"p.a", "p.b", "p.c"}
     typed = {"p.a": "from p.b import x", "p.b": "if TYPE_CHECKING:\n    from p.a import y"}
-    assert set(cycle(typed)) == {"p.a", "p.b"}
-    assert cycle(typed | {"p.b": ""}) == []
+    assert set(find_cycle(typed)) == {"p.a", "p.b"}
+    assert find_cycle(typed | {"p.b": ""}) == []

@@ -53,7 +53,7 @@ UPSTREAM = {
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr")
 
 
-def private(name: str) -> bool:
+def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
@@ -92,9 +92,9 @@ def uses(text: str) -> Iterator[tuple[int, str]]:
                 name, of = str(node.args[1].value), node.args[0]
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
-                if private(alias.name):
+                if is_private(alias.name):
                     yield node.lineno, alias.name
-        if of is not None and private(name) and not own(of) and name not in defined:
+        if of is not None and is_private(name) and not own(of) and name not in defined:
             yield node.lineno, name
 
 

@@ -50,14 +50,14 @@ def cli() -> Any:
 def test_a_script_gets_plain_arguments(
     cli: Any, words: str, script: str, arguments: list[str]
 ) -> None:
-    assert cli.script(words.split()) == [str(FOLDER / script), *arguments]
+    assert cli.script_command(words.split()) == [str(FOLDER / script), *arguments]
 
 
 def test_a_relative_output_is_made_absolute(
     cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.script(["sif", "--output", "a.sif"])[-1] == str(tmp_path / "a.sif")
+    assert cli.script_command(["sif", "--output", "a.sif"])[-1] == str(tmp_path / "a.sif")
 
 
 @pytest.mark.parametrize(
@@ -76,5 +76,5 @@ def test_a_relative_output_is_made_absolute(
 )
 def test_a_wrong_command_line_is_a_usage_error(cli: Any, words: str) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.script(words.split())
+        cli.script_command(words.split())
     assert stopped.value.code == 2

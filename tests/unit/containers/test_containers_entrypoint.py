@@ -68,7 +68,7 @@ def test_training_starts_after_a_preflight_that_says_yes(commands: Path) -> None
         (["--resume", "old.yaml", "--max-steps", "3", "--evaluate", "run"], "run"),
     ],
 )
-def test_the_preflight_judges_what_the_options_make_of_the_run_file(
+def test_the_preflight_checks_the_run_file_with_the_options(
     commands: Path, given: list[str], asked: str
 ) -> None:
     result = call(commands, "toolkit", "train", *given)
@@ -103,7 +103,7 @@ def test_the_code_of_the_preflight_is_passed_on(commands: Path, verdict: str) ->
 
 
 @pytest.mark.parametrize(("mode", "asked"), [("warn", True), ("skip", False)])
-def test_the_preflight_can_be_told_to_warn_or_to_stay_out(
+def test_the_preflight_can_only_warn_or_be_turned_off(
     commands: Path, mode: str, asked: bool
 ) -> None:
     result = call(commands, "toolkit", "train", "run.yaml", VERDICT="3", TOOLKIT_PREFLIGHT=mode)
@@ -161,7 +161,7 @@ def test_what_the_caller_has_set_wins(commands: Path, tmp_path: Path) -> None:
     assert (seen["HOME"], seen["HF_HOME"], seen["USER"]) == (str(home), "/models", "ada")
 
 
-def test_a_cache_that_cannot_be_written_is_told(commands: Path) -> None:
+def test_a_cache_that_is_not_writable_is_reported(commands: Path) -> None:
     result = call(commands, "env", TOOLKIT_CACHE=UNWRITABLE)
     assert result.returncode == 1
     assert f"TOOLKIT_CACHE={UNWRITABLE} cannot be written by uid" in result.stderr
@@ -187,7 +187,9 @@ def test_compatibility_libraries_are_refused_where_there_are_none(commands: Path
     assert "no compatibility libraries" in result.stderr
 
 
-def test_compatibility_libraries_without_a_driver_are_told(commands: Path, tmp_path: Path) -> None:
+def test_compatibility_libraries_without_a_driver_are_reported(
+    commands: Path, tmp_path: Path
+) -> None:
     (tmp_path / "libcuda.so.580.82.07").touch()
     result = call(
         commands,

@@ -12,7 +12,7 @@ from typing import Any
 SCRIPT = Path(__file__).resolve().parents[3] / "containers/fixed_config.py"
 
 
-def inspected(word: str) -> dict[str, str]:
+def inspect_output(word: str) -> dict[str, str]:
     """As `buildah inspect --type image` prints an image; ``word`` is random in each build."""
     config = {
         "created": "2026-01-01T00:00:00Z",
@@ -39,9 +39,9 @@ def inspected(word: str) -> dict[str, str]:
     return {"Config": json.dumps(config), "Manifest": json.dumps(manifest)}
 
 
-def fix(folder: Path, word: str) -> tuple[bytes, dict[str, Any], str]:
+def run_script(folder: Path, word: str) -> tuple[bytes, dict[str, Any], str]:
     """(configuration, manifest, what was printed)"""
-    (folder / f"{word}.json").write_text(json.dumps(inspected(word)))
+    (folder / f"{word}.json").write_text(json.dumps(inspect_output(word)))
     command = [sys.executable, str(SCRIPT), str(folder / f"{word}.json"), str(folder / word)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     manifest = json.loads((folder / word / "manifest.json").read_text())
@@ -49,9 +49,9 @@ def fix(folder: Path, word: str) -> tuple[bytes, dict[str, Any], str]:
     return config, manifest, printed
 
 
-def test_two_builds_differ_in_nothing_and_the_rest_is_kept(tmp_path: Path) -> None:
-    config, manifest, printed = fix(tmp_path, "0123456789abcdef")
-    assert (config, manifest, printed) == fix(tmp_path, "fedcba9876543210")
+def test_two_builds_give_equal_images_and_other_fields_stay(tmp_path: Path) -> None:
+    config, manifest, printed = run_script(tmp_path, "0123456789abcdef")
+    assert (config, manifest, printed) == run_script(tmp_path, "fedcba9876543210")
     assert manifest["config"]["digest"] == f"sha256:{hashlib.sha256(config).hexdigest()}"
     assert manifest["config"]["size"] == len(config)
     assert printed == "1234\n"

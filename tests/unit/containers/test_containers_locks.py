@@ -61,7 +61,7 @@ def copy_of_the_project(folder: Path) -> Path:
     return folder
 
 
-def check(folder: Path) -> subprocess.CompletedProcess[str]:
+def run_lock_check(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(folder / "containers/cli.py"), "lock", "--check"],
         capture_output=True,
@@ -70,40 +70,40 @@ def check(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_locks_are_in_step(tmp_path: Path) -> None:
-    result = check(copy_of_the_project(tmp_path))
+def test_the_locks_match_the_project(tmp_path: Path) -> None:
+    result = run_lock_check(copy_of_the_project(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "the locks match pyproject.toml" in result.stderr
 
 
-def test_a_requirement_that_moved_on_is_told(tmp_path: Path) -> None:
+def test_a_changed_requirement_is_reported(tmp_path: Path) -> None:
     project = copy_of_the_project(tmp_path)
     text = (project / "pyproject.toml").read_text()
     assert '"click>=8.2"' in text
     (project / "pyproject.toml").write_text(text.replace('"click>=8.2"', '"click>=99"'))
-    result = check(project)
+    result = run_lock_check(project)
     assert result.returncode == 1
     assert "uv.lock does not match pyproject.toml" in result.stderr
     assert "just lock" in result.stderr
 
 
-def test_an_edited_lock_file_is_told_with_what_differs(tmp_path: Path) -> None:
+def test_an_edited_lock_file_is_reported_with_its_difference(tmp_path: Path) -> None:
     project = copy_of_the_project(tmp_path)
     lock = project / "locks/light.txt"
     lock.write_text(re.sub(r"^click==\S+", "click==8.2.0", lock.read_text(), flags=re.MULTILINE))
-    result = check(project)
+    result = run_lock_check(project)
     assert result.returncode == 1
     assert "locks/light.txt differs from what uv.lock generates" in result.stderr
     assert "click==8.2.0" in result.stderr
 
 
-def test_a_mirror_in_a_lock_is_told(tmp_path: Path) -> None:
+def test_a_mirror_in_a_lock_is_reported(tmp_path: Path) -> None:
     project = copy_of_the_project(tmp_path)
     lock = project / "uv.lock"
     lock.write_text(
         lock.read_text().replace("https://files.pythonhosted.org", "https://mirror.example", 3)
     )
-    result = check(project)
+    result = run_lock_check(project)
     assert result.returncode == 1
     assert "other hosts than the public index: https://mirror.example" in result.stderr
 

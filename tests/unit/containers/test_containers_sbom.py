@@ -76,7 +76,7 @@ FOUND = {"id": "PYSEC-1", "fix_versions": ["9.0"], "aliases": [], "description":
     ],
     ids=["clean", "known", "unanswered"],
 )
-def test_the_audit_tells_clean_from_known_from_unanswered(
+def test_the_audit_distinguishes_clean_vulnerable_and_unanswered(
     tmp_path: Path, package: dict[str, object], code: int, text: str
 ) -> None:
     (tmp_path / "pip_audit").mkdir()

@@ -111,7 +111,7 @@ def pods() -> list[tuple[str, dict[str, object]]]:
     return found
 
 
-def test_every_container_is_closed() -> None:
+def test_every_container_has_a_restricted_security_context() -> None:
     containers = [
         (name, container)
         for name, pod in pods()
