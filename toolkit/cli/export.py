@@ -67,14 +67,14 @@ def export(  # noqa: PLR0913 - one argument per option
     from toolkit.train.checkpointing.trained_run import export_run, open_run  # noqa: PLC0415 - loads torch
     from toolkit.train.model_card import push_export, serve_line  # noqa: PLC0415 - as above
 
-    found = open_run(run, step=checkpoint, trust_remote_code=trust_remote_code)
+    trained_run = open_run(run, step=checkpoint, trust_remote_code=trust_remote_code)
     with upstream_silenced(debug=debug_requested()):
-        export_run(found, to, merge=merge, dtype=dtype)
-    source = found.adapter or found.checkpoint
+        export_run(trained_run, to, merge=merge, dtype=dtype)
+    source = trained_run.adapter or trained_run.checkpoint
     kind = "merged weights" if merge else "the adapter"
     click.echo(f"wrote {kind} of {source} to {to}")
     if push is not None:
         with upstream_silenced(debug=debug_requested()):
-            address = push_export(found, to, push, private=private)
+            address = push_export(trained_run, to, push, private=private)
         click.echo(f"uploaded {to} to {address}")
-    click.echo(f"serve it: {serve_line(found.config, to, merged=merge)}")
+    click.echo(f"serve it: {serve_line(trained_run.config, to, merged=merge)}")

@@ -87,8 +87,8 @@ def validate(files: tuple[str, ...], form: str, **options: Any) -> None:
     names: list[str] = []
     for name in expand_arguments(files):
         names.append(name)
-        for found in _findings_of_file(name, request):
-            printer.add(found)
+        for finding in _findings_of_file(name, request):
+            printer.add(finding)
     printer.end(names)
     raise SystemExit(printer.exit_code)
 
@@ -121,8 +121,8 @@ def _findings_of_file(name: str, request: _Options) -> Iterator[Finding]:
     findings = outcome.findings
     if request.card is not None:
         findings += tuple(_interval_findings(document, outcome, request))
-    for found in findings:
-        yield found.as_error() if request.strict else found
+    for finding in findings:
+        yield finding.as_error() if request.strict else finding
 
 
 def _apply_fixes(name: str, request: _Options) -> None:

@@ -120,5 +120,5 @@ def _cpu_limit_v1(folder: Path) -> float | None:
 
 
 def _smallest(values: Any) -> Any:
-    known = [value for value in values if value is not None]
-    return min(known) if known else None
+    limits = [value for value in values if value is not None]
+    return min(limits) if limits else None

@@ -224,14 +224,16 @@ def driver_cuda(symptom: Symptom, match: re.Match[str], context: str) -> Symptom
     driver supports (``12040`` means CUDA 12.4), or the version that the container image requires.
     """
     del match
-    found = re.search(r"found version (\d+)", context[:300], re.I)
-    needed = re.search(r"cuda ?>= ?(\d+\.\d+)", context[:300], re.I)
-    if found:
-        number = int(found[1])
-        have = f"{number // 1000}.{number % 1000 // 10}"
-        return symptom.with_values(title=f"{symptom.title} (the driver supports CUDA {have})")
-    if needed:
-        return symptom.with_values(title=f"{symptom.title} (CUDA {needed[1]} is required)")
+    found_version = re.search(r"found version (\d+)", context[:300], re.I)
+    needed_version = re.search(r"cuda ?>= ?(\d+\.\d+)", context[:300], re.I)
+    if found_version:
+        number = int(found_version[1])
+        driver_version = f"{number // 1000}.{number % 1000 // 10}"
+        return symptom.with_values(
+            title=f"{symptom.title} (the driver supports CUDA {driver_version})"
+        )
+    if needed_version:
+        return symptom.with_values(title=f"{symptom.title} (CUDA {needed_version[1]} is required)")
     return symptom
 
 
