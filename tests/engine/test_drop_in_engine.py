@@ -35,7 +35,7 @@ def test_an_adapter_folder_loads_on_an_engine_without_shared_weights(
 ) -> None:
     """``share_weights=False`` keeps a trainer's copy; "auto" makes room for the adapter at hand.
 
-    Before ``fast``: a process has one engine at a time.
+    It runs before the fixture ``engine_model``, because a process has one engine at a time.
     """
     model, _ = _load(llama_folder)
     trained = FastLanguageModel.get_peft_model(model, r=10, use_gradient_checkpointing=False)
