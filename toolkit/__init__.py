@@ -37,7 +37,7 @@ __all__ = [
     "vLLMSamplingParams",
 ]
 
-_LAZY = {
+_MODULE_BY_NAME = {
     "FastLanguageModel": "toolkit.policy.language_model",
     **dict.fromkeys(("FastModel", "FastVisionModel"), "toolkit.policy.fast_models"),
     **dict.fromkeys(("GRPOConfig", "GRPOTrainer"), "toolkit.train.trainer"),
@@ -49,7 +49,7 @@ _LAZY = {
         "toolkit.train.notebook",
     ),
 }
-_ELSEWHERE = {
+_UNSUPPORTED_NAMES = {
     "FastTextModel": "use FastLanguageModel",
     "FastSentenceTransformer": "the toolkit cannot train embedding models",
     "FastDiffusionModel": "the toolkit trains only language models",
@@ -69,17 +69,17 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ELSEWHERE:
+    if name in _UNSUPPORTED_NAMES:
         # If this were an AttributeError, Python would print its own text and omit the advice.
-        raise ImportError(f"toolkit has no {name}: {_ELSEWHERE[name]}", name="toolkit")
-    if name not in _LAZY:
+        raise ImportError(f"toolkit has no {name}: {_UNSUPPORTED_NAMES[name]}", name="toolkit")
+    if name not in _MODULE_BY_NAME:
         raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415 - imported on first use, so that the import of the package stays fast
 
     from toolkit.train.logging_setup import hide_false_vllm_errors  # noqa: PLC0415 - as above
 
     hide_false_vllm_errors()
-    return getattr(import_module(_LAZY[name]), name)
+    return getattr(import_module(_MODULE_BY_NAME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 from differential_keys import overrides, runs
 from spoiled_world import FinishedCommand, make_model, make_world, run_commands
 
-from toolkit.config.layers import load_document
+from toolkit.config.document_loader import load_document
 from toolkit.config.source import dotted
 from toolkit.config.validate import validate
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from spoiled_world import FinishedCommand, make_world, run_commands
 
-from toolkit.config.layers import load_document
+from toolkit.config.document_loader import load_document
 from toolkit.config.resolved import DeviceFacts, Situation
 from toolkit.config.source import dotted
 from toolkit.config.validate import validate

@@ -23,9 +23,9 @@ from click.testing import CliRunner
 
 from toolkit.cli.import_config import import_config
 from toolkit.cli.validate import validate
+from toolkit.config.document_loader import load_document
 from toolkit.config.importers.formats import guess_format, load_table, read_foreign_config
 from toolkit.config.importers.mapping import later
-from toolkit.config.layers import load_document
 
 FOREIGN = Path(__file__).parents[1] / "fixtures" / "foreign"
 EXPECTED = FOREIGN / "expected"

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from toolkit.config import find_schema
+from toolkit.config.document_loader import assemble
 from toolkit.config.finding import Severity
-from toolkit.config.layers import assemble
 from toolkit.config.rules import Situation
 from toolkit.config.source import Source
 from toolkit.config.validate import validate

@@ -15,7 +15,7 @@ import torch
 from conftest import small_options
 
 from toolkit.base.errors import ToolkitError
-from toolkit.engine import together
+from toolkit.engine import oom_agreement
 from toolkit.engine.mesh import join_default_group
 from toolkit.engine.open_engine import open_engine
 from toolkit.engine.rollout_request import Sampling
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
     engine.module.forward = forward
     engine._max_completions_per_call = None
     results["as before"] = engine.generate(PROMPTS, sampling, seed=6).completion_ids == expected
-    together.PEER_TIMEOUT_S = 5.0
+    oom_agreement.PEER_TIMEOUT_S = 5.0
     if rank == "1":
         engine.module.forward = limit_sequences(forward, 5)
     try:

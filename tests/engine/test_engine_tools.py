@@ -15,8 +15,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
 
 from test_tools_train import world
 
-from toolkit.config.build import build_config
-from toolkit.config.layers import assemble
+from toolkit.config.build_config import build_config
+from toolkit.config.document_loader import assemble
 from toolkit.config.source import Source
 from toolkit.train.run import run
 from toolkit.train.run_context import Options

@@ -149,7 +149,7 @@ def train_one_run(
     from calibrate_matrix import Run, append
 
     from toolkit import FastLanguageModel
-    from toolkit.policy.attach import add_toolkit_attributes
+    from toolkit.policy.model_attributes import add_toolkit_attributes
     from toolkit.policy.shared_weights import shared_model
 
     spec, device, largest = sizing

@@ -16,15 +16,15 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.base.errors import ConfigError, InputError
-from toolkit.base.files import open_bytes
-from toolkit.base.formatting import GIB, MIB, format_bytes
-from toolkit.base.packed import (
+from toolkit.base.decompression import (
     FIX_UNPACK_YOURSELF,
     READ_BYTES,
     UNPACKING_ERRORS,
     max_unpacked_bytes,
 )
+from toolkit.base.errors import ConfigError, InputError
+from toolkit.base.files import open_bytes
+from toolkit.base.formatting import GIB, MIB, format_bytes
 from toolkit.base.paths import FILE_MODE, make_folder, safe_join
 from toolkit.base.tar_stream import tar_members
 

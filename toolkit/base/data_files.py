@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from toolkit.base.decompression import UnpackedStream
 from toolkit.base.errors import InputError
 from toolkit.base.files import MAX_DATA_BYTES, file_type_fault, open_bytes, open_fault, read_lines
 from toolkit.base.formatting import GIB, MIB
-from toolkit.base.packed import UnpackedStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

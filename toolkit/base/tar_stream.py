@@ -11,10 +11,10 @@ import io
 import tarfile
 from typing import IO, TYPE_CHECKING
 
+from toolkit.base.decompression import READ_BYTES, UnpackedStream, open_decompressor
 from toolkit.base.errors import ConfigError
 from toolkit.base.files import unusable_file_error
 from toolkit.base.formatting import MIB, format_bytes
-from toolkit.base.packed import READ_BYTES, UnpackedStream, open_decompressor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -297,10 +297,10 @@ def _print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 def _print_profile(profile: Mapping[str, Any]) -> None:
     """Print the time profile of the toolkit as three tables: start, decode step, training step."""
-    from toolkit.train.bench import kernel_account, start_account  # noqa: PLC0415 - imports torch
+    from toolkit.train.bench import kernel_times, start_times  # noqa: PLC0415 - imports torch
 
     click.echo()
-    _print_columns(start_account.phase_table(profile["start_s"]))
+    _print_columns(start_times.phase_table(profile["start_s"]))
     for name in ("decode_step", "training_step"):
         click.echo()
-        _print_columns(kernel_account.kernel_table(name.replace("_", " "), profile[name]))
+        _print_columns(kernel_times.kernel_table(name.replace("_", " "), profile[name]))

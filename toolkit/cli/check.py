@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit.base.formatting import plural
-from toolkit.cli.exits import report_write_errors
+from toolkit.cli.exit_codes import report_write_errors
 from toolkit.cli.render import styled, verdict_word, wrap_text
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def check(
     GPU passes on a node without a GPU.
     """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
-    from toolkit.cli.request import check_node  # noqa: PLC0415 - as above
+    from toolkit.cli.check_request import check_node  # noqa: PLC0415 - as above
     from toolkit.gpu.prometheus import format_metrics  # noqa: PLC0415 - as above
     from toolkit.gpu.report import check_report  # noqa: PLC0415 - as above
 

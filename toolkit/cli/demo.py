@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.base.errors import ConfigError, DefectError
-from toolkit.cli.exits import debug_requested
+from toolkit.cli.exit_codes import debug_requested
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

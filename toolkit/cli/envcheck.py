@@ -8,8 +8,8 @@ from __future__ import annotations
 import click
 
 from toolkit.base.version import __version__
-from toolkit.cli.exits import command_main
-from toolkit.cli.lazy import HELP_SETTINGS, LazyGroup
+from toolkit.cli.exit_codes import command_main
+from toolkit.cli.lazy_group import HELP_SETTINGS, LazyGroup
 
 COMMANDS = {
     "probe": ("toolkit.cli.probe:probe", "Show this node's GPUs as NVML sees them."),

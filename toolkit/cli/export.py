@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from toolkit.cli.exits import debug_requested
-from toolkit.cli.request import TRUST_REMOTE_CODE_OPTION
+from toolkit.cli.check_request import TRUST_REMOTE_CODE_OPTION
+from toolkit.cli.exit_codes import debug_requested
 
 
 @click.command("export")

@@ -11,8 +11,8 @@ import click
 
 from toolkit.base.errors import InputError
 from toolkit.base.formatting import escape_unprintable
-from toolkit.cli.exits import debug_requested
-from toolkit.cli.request import TRUST_REMOTE_CODE_OPTION
+from toolkit.cli.check_request import TRUST_REMOTE_CODE_OPTION
+from toolkit.cli.exit_codes import debug_requested
 
 
 @click.command("generate")

@@ -97,7 +97,7 @@ def _output_path(file: str, to: str | None) -> Path | None:
 
 def _write_run_file(path: Path, text: str, *, force: bool) -> None:
     from toolkit.base.paths import write_file  # noqa: PLC0415 - after the file was read
-    from toolkit.cli.exits import report_write_errors  # noqa: PLC0415 - as above
+    from toolkit.cli.exit_codes import report_write_errors  # noqa: PLC0415 - as above
 
     if path.exists() and not force:
         raise ConfigError(
@@ -110,7 +110,7 @@ def _write_run_file(path: Path, text: str, *, force: bool) -> None:
 
 
 def _validate_text(text: str, path: Path | None) -> tuple[Finding, ...]:
-    from toolkit.config.layers import assemble, load_document  # noqa: PLC0415 - as above
+    from toolkit.config.document_loader import assemble, load_document  # noqa: PLC0415 - as above
     from toolkit.config.source import Source  # noqa: PLC0415 - after the file was read
     from toolkit.config.validate import validate  # noqa: PLC0415 - as above
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolkit.cli.exits import report_write_errors
+from toolkit.cli.exit_codes import report_write_errors
 from toolkit.cli.render import format_table, styled, wrap_text
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import click
 
 from toolkit.base.formatting import plural
 from toolkit.cli.check import format_results, request_options
-from toolkit.cli.exits import report_write_errors
+from toolkit.cli.exit_codes import report_write_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ def record(file: Path, **request: Any) -> None:
     hosts are removed. Of the environment variables, only those that checks read are kept.
     """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
-    from toolkit.cli.request import check_node  # noqa: PLC0415 - as above
+    from toolkit.cli.check_request import check_node  # noqa: PLC0415 - as above
     from toolkit.gpu.record import make_recording  # noqa: PLC0415 - as above
 
     snapshot, context, results = check_node(**request)

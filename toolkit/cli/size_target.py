@@ -53,8 +53,8 @@ def _read_run_file(
     path: Path, overrides: Sequence[str], situation: Situation
 ) -> tuple[RunConfig, Document]:
 
-    from toolkit.config.build import build_config  # noqa: PLC0415
-    from toolkit.config.layers import load_document  # noqa: PLC0415
+    from toolkit.config.build_config import build_config  # noqa: PLC0415
+    from toolkit.config.document_loader import load_document  # noqa: PLC0415
     from toolkit.config.validate import refusal_error, validate  # noqa: PLC0415
 
     document = load_document(path, overrides)
@@ -82,8 +82,8 @@ def _default_run(model: str, overrides: Sequence[str], situation: Situation) -> 
     if not overrides and situation.device is None:
         return RunConfig(model=ModelSection(model_name=model))
 
-    from toolkit.config.build import build_config  # noqa: PLC0415
-    from toolkit.config.layers import assemble  # noqa: PLC0415
+    from toolkit.config.build_config import build_config  # noqa: PLC0415
+    from toolkit.config.document_loader import assemble  # noqa: PLC0415
     from toolkit.config.source import Source  # noqa: PLC0415
     from toolkit.config.validate import refusal_error, validate  # noqa: PLC0415
 

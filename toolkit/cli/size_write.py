@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import rewrite_file
-from toolkit.cli.exits import report_write_errors
+from toolkit.cli.exit_codes import report_write_errors
+from toolkit.config.document_loader import parse_source
 from toolkit.config.engine_settings import SIZED_OPTIONS
-from toolkit.config.layers import parse_source
 
 if TYPE_CHECKING:
     from toolkit.config.document import Document, Node

@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 
 from toolkit.base.version import __version__
-from toolkit.cli.early import StoppableGroup
-from toolkit.cli.exits import command_main
-from toolkit.cli.lazy import HELP_SETTINGS
+from toolkit.cli.early_signals import StoppableGroup
+from toolkit.cli.exit_codes import command_main
+from toolkit.cli.lazy_group import HELP_SETTINGS
 
 COMMANDS = {
     "train": ("toolkit.cli.train_run:train", "Check the node, train a run file, write a report."),

@@ -14,7 +14,7 @@ import click
 
 from toolkit.base import process_environment
 from toolkit.base.errors import ToolkitError
-from toolkit.cli.exits import debug_requested
+from toolkit.cli.exit_codes import debug_requested
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,7 +132,7 @@ def _load_run(
     """Return the run that the run file describes, and a function. The function takes facts about
     the machine (a Situation) and validates the run file again with these facts.
     """
-    from toolkit.config.layers import load_document  # noqa: PLC0415 - modules with heavy imports are imported when they are used
+    from toolkit.config.document_loader import load_document  # noqa: PLC0415 - modules with heavy imports are imported when they are used
     from toolkit.config.resolved import Situation  # noqa: PLC0415
     from toolkit.config.validate import validated_config  # noqa: PLC0415
 

@@ -12,8 +12,8 @@ import click
 
 from toolkit.base.errors import InputError
 from toolkit.cli.findings import PRINTERS, applied_edit_lines, unfixed_finding_lines
+from toolkit.config.document_loader import load_document
 from toolkit.config.finding import Finding, Severity
-from toolkit.config.layers import load_document
 from toolkit.config.rules import DeviceFacts, Situation
 from toolkit.config.validate import validate as validate_document
 
@@ -129,7 +129,7 @@ def _apply_fixes(name: str, request: _Options) -> None:
     from pathlib import Path  # noqa: PLC0415 - only with --fix
 
     from toolkit.base.paths import rewrite_file  # noqa: PLC0415
-    from toolkit.cli.exits import report_write_errors  # noqa: PLC0415
+    from toolkit.cli.exit_codes import report_write_errors  # noqa: PLC0415
     from toolkit.config.fix import fix_source  # noqa: PLC0415
     from toolkit.config.text_reader import UnreadableText, read_source  # noqa: PLC0415
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from toolkit.config.document import Document
+    from toolkit.config.document_loader import load_document
     from toolkit.config.finding import Finding
-    from toolkit.config.layers import load_document
     from toolkit.config.run_config import RunConfig
     from toolkit.config.schemas import find_schema
     from toolkit.config.validate import Validation, check_instance, load_run
@@ -28,21 +28,21 @@ __all__ = [
     "load_run",
 ]
 
-_HOME = {
+_MODULE_BY_NAME = {
     "Document": "document",
     "Finding": "finding",
     "RunConfig": "run_config",
     "Validation": "validate",
     "check_instance": "validate",
     "find_schema": "schemas",
-    "load_document": "layers",
+    "load_document": "document_loader",
     "load_run": "validate",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_BY_NAME:
         raise AttributeError(f"module 'toolkit.config' has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415 - imported on first use
 
-    return getattr(import_module(f"toolkit.config.{_HOME[name]}"), name)
+    return getattr(import_module(f"toolkit.config.{_MODULE_BY_NAME[name]}"), name)

@@ -22,8 +22,8 @@ from toolkit.base.data_files import (
     unreadable_table_message,
     unsupported_file_message,
 )
+from toolkit.base.decompression import RATIO_FREE_BYTES, READ_BYTES
 from toolkit.base.errors import ToolkitError, first_line
-from toolkit.base.packed import RATIO_FREE_BYTES, READ_BYTES
 from toolkit.config.data_scan import DataFacts, DataSelection, Unscanned, read_rows, scan
 from toolkit.config.data_types import prompt_type_message
 from toolkit.config.run_paths import ARCHIVES, resolve_path

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import EXIT_CODES, InputError
 from toolkit.config import metrics
+from toolkit.config.message_text import describe_schema, show_value, wrap_text
 from toolkit.config.rules import all_rules
 from toolkit.config.schemas import find_schema
-from toolkit.config.wording import describe_schema, show_value, wrap_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

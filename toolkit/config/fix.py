@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from toolkit.config.layers import assemble
+from toolkit.config.document_loader import assemble
 from toolkit.config.validate import Validation, validate
 
 if TYPE_CHECKING:

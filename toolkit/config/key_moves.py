@@ -12,10 +12,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.finding import Edit, Fix, rename_key
+from toolkit.config.message_text import spell_value
 from toolkit.config.schemas import find_schema
 from toolkit.config.source import dotted
 from toolkit.config.structure import check_structure
-from toolkit.config.wording import spell_value
 
 if TYPE_CHECKING:
     from toolkit.config.document import Node

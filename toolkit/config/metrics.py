@@ -4,7 +4,7 @@ report of a run use these names. A test trains a model and compares the names wi
 
 from __future__ import annotations
 
-from toolkit.config.wording import wrap_text
+from toolkit.config.message_text import wrap_text
 
 METRICS = {
     "step": "The number of optimizer steps at this row.",

@@ -7,8 +7,8 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from toolkit.config.message_text import describe_schema, show_value, type_name
 from toolkit.config.scalars import read_core, read_legacy
-from toolkit.config.wording import describe_schema, show_value, type_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,10 +16,10 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from toolkit.config.finding import Edit, Finding, Fix, Severity
+from toolkit.config.message_text import show_value, spell_value
 from toolkit.config.scalars import beyond_64_bits
 from toolkit.config.schema_violation import SchemaViolation, fits_type, value_fault
 from toolkit.config.source import MAX_SUGGESTIONS, KeyPath, dotted
-from toolkit.config.wording import show_value, spell_value
 
 if TYPE_CHECKING:
     from toolkit.config.document import Node

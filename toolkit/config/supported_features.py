@@ -136,7 +136,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """The head sizes of vLLM 0.31's attention on a CPU (v1/attention/backends/cpu_attn.py)."""
 
 CPU_EXPERT_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")
-"""The activation functions of experts that ``engine.experts`` can compute on a CPU."""
+"""The activation functions of experts that ``engine.cpu_experts`` can compute on a CPU."""
 
 
 def storage_format(config: Mapping[str, Any]) -> StorageFormat | None:

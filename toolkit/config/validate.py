@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, InputError
-from toolkit.config.build import build_config
+from toolkit.config.build_config import build_config
+from toolkit.config.document_loader import load_document
 from toolkit.config.finding import Finding, Severity
-from toolkit.config.layers import load_document
 from toolkit.config.rules import Run, Situation, rules_with_checks
 from toolkit.config.schemas import find_schema
 from toolkit.config.source import MAX_FINDINGS

@@ -15,10 +15,10 @@ from toolkit.engine import token_generation as generation
 from toolkit.engine.adapter import AdapterSlots
 from toolkit.engine.dequantized import COPIES_ATTRIBUTE
 from toolkit.engine.mesh import close_mesh, current_mesh
+from toolkit.engine.oom_agreement import generate_together
 from toolkit.engine.oom_backoff import BatchPart, generate_in_parts
 from toolkit.engine.rollout_request import check_prompts
 from toolkit.engine.sleep import KvSleep
-from toolkit.engine.together import generate_together
 from toolkit.engine.vllm_errors import (
     RESTART_FIX,
     closed_error,

@@ -27,9 +27,9 @@ from toolkit.config.supported_features import (
     storage_format,
     untied_head_problem,
 )
-from toolkit.engine import experts, sleep, weight_loader
+from toolkit.engine import cpu_experts, sleep, weight_loader
 from toolkit.engine.engine import Engine
-from toolkit.engine.groups import check_groups
+from toolkit.engine.group_checks import check_groups
 from toolkit.engine.lora_tables import use_table
 from toolkit.engine.mesh import gather_from_all, join_default_group, open_mesh
 from toolkit.engine.vllm_errors import to_toolkit_error
@@ -66,7 +66,7 @@ def start_engine(options: EngineOptions) -> Engine:
     if device == "cuda":
         add_gpu_arguments(arguments, options, config)
     if device == "cpu":
-        experts.register()
+        cpu_experts.register()
         add_cpu_arguments(arguments)
     if world_size() > 1:  # torchrun: one engine per rank
         join_default_group()

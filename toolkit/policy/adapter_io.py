@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from toolkit.base import disk
+from toolkit.base import disk_errors
 from toolkit.base.errors import ConfigValueError, InputError, first_line
 from toolkit.base.files import FIX_GET_AGAIN, MAX_ADAPTER_BYTES, read_bytes
 from toolkit.base.paths import set_mode
@@ -127,8 +127,15 @@ def temporary_folder_beside(target: Path) -> Iterator[Path]:
     try:
         yield temporary_folder
     except (OSError, SafetensorError) as error:
-        found, known = disk.find_failure(error), disk.to_toolkit_error(error, target, kept_note="")
-        if known is not None and found is not None and found[0] not in disk.NOT_WRITABLE_ERRNOS:
+        found, known = (
+            disk_errors.find_failure(error),
+            disk_errors.to_toolkit_error(error, target, kept_note=""),
+        )
+        if (
+            known is not None
+            and found is not None
+            and found[0] not in disk_errors.NOT_WRITABLE_ERRNOS
+        ):
             fix = "free space or choose another folder, then run the same command again"
             raise type(known)(known.message, where=known.where, fix=fix) from error
         raise InputError(f"cannot be written: {error}", where=str(target)) from error

@@ -28,7 +28,7 @@ from toolkit.policy.attention import choose_attention
 from toolkit.policy.fingerprint import store_base_digests
 from toolkit.policy.load_arguments import WHERE
 from toolkit.policy.machine_facts import detect_machine
-from toolkit.policy.positions import set_positions
+from toolkit.policy.max_positions import set_positions
 
 if TYPE_CHECKING:
     from toolkit.policy.load_request import LoadRequest

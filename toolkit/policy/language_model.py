@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, ToolkitWarning
-from toolkit.policy.attach import add_toolkit_attributes
 from toolkit.policy.from_config import make_load_request
 from toolkit.policy.gradient_checkpointing import (
     apply_checkpointing,
@@ -29,6 +28,7 @@ from toolkit.policy.lora_settings import (
     default_targets_of,
     default_targets_with_warning,
 )
+from toolkit.policy.model_attributes import add_toolkit_attributes
 from toolkit.policy.model_loading import load_model_and_tokenizer, publish_to_engine, read_tokenizer
 from toolkit.policy.saved_adapter import check_start_settings, read_adapter
 

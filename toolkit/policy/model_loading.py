@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError, ToolkitError, ToolkitWarning
-from toolkit.policy.attach import add_toolkit_attributes
 from toolkit.policy.cuda_allocator import use_expandable_segments
 from toolkit.policy.fused_kernels import CONFIG_KEY, use_fused_kernels
 from toolkit.policy.gradient_checkpointing import apply_checkpointing
 from toolkit.policy.hf_model import check_quantization, load_base
+from toolkit.policy.model_attributes import add_toolkit_attributes
 from toolkit.policy.model_files import find_checkpoint
 from toolkit.policy.saved_adapter import add_saved_adapter, read_adapter
 from toolkit.policy.saving import ModelSource

@@ -1,7 +1,7 @@
 """Define the methods with which notebooks save a trained model.
 
 The methods write merged weights to disk or to the hub. For GGUF files they only give instructions.
-``policy.attach`` sets the methods on each model.
+``policy.model_attributes`` sets the methods on each model.
 """
 
 from __future__ import annotations

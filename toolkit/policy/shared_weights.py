@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
-from toolkit.engine.cuts import EngineSplits
+from toolkit.engine.layer_splits import EngineSplits
 from toolkit.engine.live_weights import engine_name, find_live_weights, is_packed, logical_shape
 from toolkit.engine.mesh import current_mesh
 from toolkit.engine.rollout_request import Sampling
-from toolkit.policy.base_sums import CHECKSUMS_ATTRIBUTE, base_checksums
+from toolkit.policy.base_checksum import CHECKSUMS_ATTRIBUTE, base_checksums
 from toolkit.policy.bnb_layers import mark_4bit, replace_by_linear_4bit
 from toolkit.policy.skeleton import build_meta_model
 from toolkit.policy.tensor_parallel.split import split_model

@@ -15,7 +15,7 @@ from toolkit.base.formatting import MIB, plural
 from toolkit.config.engine_settings import graph_sizes
 from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.model_blocks import DTYPE_BYTES
-from toolkit.sizing.split import communication_terms
+from toolkit.sizing.tensor_parallel import communication_terms
 from toolkit.sizing.terms import Term
 from toolkit.sizing.weight_bytes import padded_vocab, weight_bytes
 

@@ -22,7 +22,7 @@ from toolkit.sizing.device import Device
 from toolkit.sizing.lora_bytes import legal_rank
 from toolkit.sizing.micro_batch import ACCUMULATION, MICRO_BATCH, divisors
 from toolkit.sizing.result import Remedy
-from toolkit.sizing.split import split_facts
+from toolkit.sizing.tensor_parallel import split_facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

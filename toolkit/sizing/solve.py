@@ -14,19 +14,19 @@ from toolkit.base.errors import ConfigError
 from toolkit.config import parallel
 from toolkit.config.resolved import resolve_run
 from toolkit.config.trl_names import LIGER_PACKAGE, is_installed
-from toolkit.sizing.assemble import build_result
+from toolkit.sizing.build_result import build_result
 from toolkit.sizing.dequantized import best_copy_bytes, requested_copy_bytes
 from toolkit.sizing.device import device_situation, device_with_least_free_memory
 from toolkit.sizing.engine_bytes import kv_sequence_bytes
 from toolkit.sizing.engine_plan import plan_engine
 from toolkit.sizing.fit import Candidate, evaluate
-from toolkit.sizing.longest import longest_fitting_sequence
+from toolkit.sizing.longest_sequence import longest_fitting_sequence
 from toolkit.sizing.micro_batch import divisors, read_batch, read_count
 from toolkit.sizing.packs import all_rows_tokens, passes_per_step, token_budgets, uses_packs
 from toolkit.sizing.remedies import find_remedies
 from toolkit.sizing.spec import read_spec
-from toolkit.sizing.split import spec_of_one_card, split_facts
 from toolkit.sizing.step_time import dequantize_seconds, training_seconds
+from toolkit.sizing.tensor_parallel import spec_of_one_card, split_facts
 from toolkit.sizing.trainer_bytes import compute_bytes, is_bitsandbytes
 from toolkit.sizing.workload import StepPlan, read_workload
 

@@ -10,12 +10,12 @@ from toolkit.base.errors import InputError, UnsupportedError
 from toolkit.base.files import read_json
 from toolkit.config.lora_targets import default_targets
 from toolkit.config.supported_features import is_multimodal, storage_format
+from toolkit.sizing.config_fields import Fields
 from toolkit.sizing.families import FAMILIES
-from toolkit.sizing.fields import Fields
 from toolkit.sizing.headers import read_stored_weights
 from toolkit.sizing.model_blocks import DTYPE_BYTES, ModelSpec
 from toolkit.sizing.model_source import find_model
-from toolkit.sizing.unknown import shape_from_headers
+from toolkit.sizing.unknown_architecture import shape_from_headers
 from toolkit.sizing.weight_formats import Quantization, parse_quantization
 
 if TYPE_CHECKING:

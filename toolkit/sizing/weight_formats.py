@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from toolkit.sizing.fields import Fields
+from toolkit.sizing.config_fields import Fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ from typing import Any
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
 from toolkit.engine.mesh import current_mesh
-from toolkit.policy.base_sums import (
+from toolkit.policy.base_checksum import (
     CHECKSUMS_ATTRIBUTE,
     base_checksums,
     changed_tensors,

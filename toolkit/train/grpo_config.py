@@ -17,7 +17,7 @@ import trl
 from transformers.utils import is_torch_bf16_gpu_available
 
 from toolkit.base.errors import ConfigValueError, ToolkitWarning
-from toolkit.train.collected import ErrorCollector
+from toolkit.train.error_collector import ErrorCollector
 from toolkit.train.legal_batches import refuse_partial_groups
 from toolkit.train.older_fields import translate
 

@@ -13,7 +13,7 @@ from toolkit.base.errors import InputError
 from toolkit.base.hub_cache import MODEL_ID
 from toolkit.base.paths import write_file
 from toolkit.base.secrets import redact
-from toolkit.config.build import thaw
+from toolkit.config.build_config import thaw
 from toolkit.config.libraries import LEGAL_RANKS, smallest_rank
 
 if TYPE_CHECKING:

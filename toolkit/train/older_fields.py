@@ -17,7 +17,7 @@ from toolkit.config.sampling_keywords import KEYWORDS
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from toolkit.train.collected import ErrorCollector
+    from toolkit.train.error_collector import ErrorCollector
 
 WHERE = "GRPOConfig"
 SET_AT_LOADING = "FastLanguageModel.from_pretrained sets it"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.errors import ConfigError, ConfigValueError
-from toolkit.policy.attach import add_toolkit_attributes
-from toolkit.policy.base_sums import CHECKSUMS_ATTRIBUTE
+from toolkit.policy.base_checksum import CHECKSUMS_ATTRIBUTE
 from toolkit.policy.lora import cast_adapter_to_float32, refuse_unsupported_adapter
+from toolkit.policy.model_attributes import add_toolkit_attributes
 from toolkit.policy.model_loading import publish_to_engine
 from toolkit.train.base_check import BaseCheck, refuse_untrainable
 from toolkit.train.grpo_config import follow_dtype, use_one_gpu

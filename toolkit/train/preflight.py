@@ -18,7 +18,7 @@ from toolkit.base.process_environment import local_rank, local_world_size
 from toolkit.base.secrets import redact_tree
 from toolkit.config import chat_format, parallel
 from toolkit.config.resolved import resolve_run
-from toolkit.engine.groups import check_groups
+from toolkit.engine.group_checks import check_groups
 from toolkit.gpu import devices
 from toolkit.gpu.checks import CheckContext, run_checks
 from toolkit.gpu.report import check_report

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from toolkit.base.errors import RetryError, StoppedError, ToolkitError
 from toolkit.base.process_environment import rank, world_size
 from toolkit.engine.mesh import COLLECTIVE_TIMEOUT_S, join_default_group
-from toolkit.engine.together import PeerOutOfMemoryError
+from toolkit.engine.oom_agreement import PeerOutOfMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

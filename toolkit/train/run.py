@@ -19,8 +19,8 @@ from toolkit.policy.machine_facts import detect_machine
 from toolkit.train.checkpointing import (
     branch,
     checkpoint,
-    in_the_way,
     micro_batch_record,
+    output_paths,
     rollback,
     run_directory,
     trainer_state,
@@ -114,7 +114,7 @@ def _watched_run_dir(run_dir: Path, config: RunConfig) -> Iterator[RunDirWatch |
         yield None
         return
     with run_directory.lock_run_dir(run_dir), RunDirWatch(run_dir) as run_dir_watch:
-        in_the_way.check_output_paths(run_dir, config)
+        output_paths.check_output_paths(run_dir, config)
         try:
             yield run_dir_watch
         except Exception as error:

@@ -22,7 +22,7 @@ from toolkit.engine.mesh import current_mesh, run_on_first
 from toolkit.engine.rollout_request import check_prompts, request_seed
 from toolkit.policy.lora import keep_adapter_float32
 from toolkit.policy.tensor_parallel.functions import clip_split_grad_norm
-from toolkit.train import policy_setup, script
+from toolkit.train import policy_setup, script_arguments
 from toolkit.train.base_check import BaseCheck
 from toolkit.train.checkpointing.resumable_trainer import ResumableTrainer
 from toolkit.train.grpo_config import GRPOConfig, default_config
@@ -85,7 +85,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         del arguments["self"]
         engine = find_engine(model)
         config = arguments["args"] = arguments.get("args") or default_config(model)
-        script.check_arguments(arguments, model)
+        script_arguments.check_arguments(arguments, model)
         has_tools = bool(arguments.get("tools") or arguments.get("environment_factory"))
         sampler.check_generation_kwargs(model, config, tools=has_tools)
         policy_setup.fit_config_to_model(model, engine, config, arguments.get("peft_config"))
@@ -184,7 +184,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             prompt_ids, images, fields = tokenize(prompts)  # rows have different tools
         else:
             prompt_ids, images, fields = sampler.tokenize_distinct(tokenize, prompts)
-        return script.truncate_prompts(self, prompt_ids, images), images, fields
+        return script_arguments.truncate_prompts(self, prompt_ids, images), images, fields
 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any

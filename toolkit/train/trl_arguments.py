@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.errors import ConfigError, MissingExtraError, first_line
-from toolkit.config.build import thaw
+from toolkit.config.build_config import thaw
 from toolkit.config.environments import missing_package, pip_command
 from toolkit.config.resolved import resolve_run
 from toolkit.config.schemas import find_schema

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import ConfigError, first_line
-from toolkit.config.build import thaw
+from toolkit.config.build_config import thaw
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -14,8 +14,8 @@ from toolkit.train.data.dataset import load_data
 from toolkit.train.process_control import world_size
 from toolkit.train.rewards import load_rewards
 from toolkit.train.rewards.environment_code import environment_code_of
+from toolkit.train.rewards.environment_problems import request_problems
 from toolkit.train.rewards.openenv import OpenEnv
-from toolkit.train.rewards.problems import request_problems
 from toolkit.train.rewards.worker_process import Workers
 from toolkit.train.rollout.tools import EpisodeHost, load_tools
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from toolkit.base import disk
+from toolkit.base import disk_errors
 from toolkit.base.errors import ConfigError, NodeError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def full_disk(name=None):
     ],
 )  # fmt: skip
 def test_a_failure_of_every_writer_has_the_same_message(tmp_path, error, kind, word):
-    told = disk.to_toolkit_error(error, tmp_path)
+    told = disk_errors.to_toolkit_error(error, tmp_path)
     assert type(told) is kind
     assert told.exit_code == {ConfigError: 1, NodeError: 3}[kind]
     assert word in told.message
@@ -63,9 +63,9 @@ def test_a_failure_of_every_writer_has_the_same_message(tmp_path, error, kind, w
 
 def test_a_writer_without_an_error_number_is_explained_by_the_free_space(tmp_path, monkeypatch):
     error = RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed")
-    assert isinstance(disk.to_toolkit_error(error, tmp_path), NodeError)
-    monkeypatch.setattr(disk, "free_bytes", lambda _: 1000)
-    told = disk.to_toolkit_error(error, tmp_path, needed=3000)
+    assert isinstance(disk_errors.to_toolkit_error(error, tmp_path), NodeError)
+    monkeypatch.setattr(disk_errors, "free_bytes", lambda _: 1000)
+    told = disk_errors.to_toolkit_error(error, tmp_path, needed=3000)
     assert "2.9 KiB needed, 1000 B free, 2.0 KiB missing" in told.message
 
 
@@ -80,15 +80,18 @@ def test_a_writer_without_an_error_number_is_explained_by_the_free_space(tmp_pat
     ],
 )
 def test_an_error_that_is_not_a_disk_failure_is_not_translated(tmp_path, error):
-    assert disk.to_toolkit_error(error, tmp_path) is None
-    assert disk.to_toolkit_error_without_path(error) is None
+    assert disk_errors.to_toolkit_error(error, tmp_path) is None
+    assert disk_errors.to_toolkit_error_without_path(error) is None
 
 
 def test_a_full_disk_is_recognised_without_a_path():
-    told = disk.to_toolkit_error_without_path(full_disk("/proc/self/none"))
+    told = disk_errors.to_toolkit_error_without_path(full_disk("/proc/self/none"))
     assert "the disk is full" in told.message
     assert "checkpoint" not in told.message
-    assert disk.to_toolkit_error_without_path(OSError(errno.EACCES, "Permission denied")) is None
+    assert (
+        disk_errors.to_toolkit_error_without_path(OSError(errno.EACCES, "Permission denied"))
+        is None
+    )
 
 
 @pytest.fixture
@@ -123,7 +126,7 @@ def test_real_writers_on_a_real_full_disk(tiny_disk):
         file = tiny_disk / name
         with pytest.raises(Exception) as caught:  # noqa: PT011 - each library has its own
             write(str(file))
-        told = disk.to_toolkit_error(caught.value, file, needed=1 << 20)
+        told = disk_errors.to_toolkit_error(caught.value, file, needed=1 << 20)
         assert isinstance(told, ConfigError), (name, caught.value)
         assert "the disk is full (No space left on device): 1.0 MiB needed" in told.message, name
         assert "missing" in told.message, name

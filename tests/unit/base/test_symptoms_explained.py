@@ -16,7 +16,7 @@ from toolkit.base.symptoms import CONSEQUENCES, SYMPTOMS, find_symptoms, similar
 from toolkit.base.symptoms.errors import explain_error
 from toolkit.base.symptoms.pasted import condense
 from toolkit.cli.envcheck import cli
-from toolkit.cli.exits import report_errors
+from toolkit.cli.exit_codes import report_errors
 from toolkit.gpu.checks import checks_by_id
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "symptom_texts.jsonl"

@@ -11,7 +11,7 @@ import pytest
 
 from toolkit.base import defect
 from toolkit.base.errors import ConfigError, DefectError
-from toolkit.cli.exits import report_errors
+from toolkit.cli.exit_codes import report_errors
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.cli import request
+from toolkit.cli import check_request
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,15 +25,17 @@ def test_groups_may_span_all_processes(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run))
     with pytest.raises(ConfigError, match="do not divide the generation batch of 1 completions"):
-        request._load_run(path, ())
+        check_request._load_run(path, ())
     monkeypatch.setenv("WORLD_SIZE", "8")
-    _, run = request._load_run(path, ())
+    _, run = check_request._load_run(path, ())
     assert run.grpo["num_generations"] == 8
 
 
 def test_every_form_of_a_requirement_is_parsed() -> None:
     """A second part of a compute capability may be left out; a driver's version has any number."""
-    values = request.parse_requirements(["cc>=9", "free >= 1.5 GiB", "driver>=580.65.06", "2"])
+    values = check_request.parse_requirements(
+        ["cc>=9", "free >= 1.5 GiB", "driver>=580.65.06", "2"]
+    )
     assert values == {
         "required_capability": (9, 0),
         "required_free_bytes": 3 << 29,
@@ -41,5 +43,5 @@ def test_every_form_of_a_requirement_is_parsed() -> None:
         "required_gpus": 2,
     }
     with pytest.raises(ConfigError) as refused:
-        request.parse_requirements(["h300"])
+        check_request.parse_requirements(["h300"])
     assert refused.value.where == "--require"

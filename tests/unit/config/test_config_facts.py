@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from toolkit.config.data_facts import DataFacts, read_data_facts
-from toolkit.config.layers import parse_source
+from toolkit.config.document_loader import parse_source
 from toolkit.config.model_facts import ModelFacts, read_model
 from toolkit.config.parquet import parquet_columns
 from toolkit.config.source import Source

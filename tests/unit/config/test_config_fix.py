@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.config.document_loader import assemble
 from toolkit.config.fix import Repair, fix_source
 from toolkit.config.key_moves import key_schema
-from toolkit.config.layers import assemble
 from toolkit.config.migration import CONVERSIONS, MOVED_KEYS
 from toolkit.config.rules import Situation
 from toolkit.config.source import Source

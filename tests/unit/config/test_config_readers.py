@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.config.layers import parse_source
+from toolkit.config.document_loader import parse_source
 from toolkit.config.source import Source
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from toolkit.config.layers import load_document
+from toolkit.config.document_loader import load_document
 from toolkit.config.rules import Situation
 from toolkit.config.validate import validate
 

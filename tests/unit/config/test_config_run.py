@@ -11,7 +11,7 @@ import pytest
 
 from toolkit.base.errors import ConfigError, InputError
 from toolkit.config import load_document, load_run
-from toolkit.config.build import freeze, thaw
+from toolkit.config.build_config import freeze, thaw
 from toolkit.config.rules import Situation
 from toolkit.config.validate import validate
 

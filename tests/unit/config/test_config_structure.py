@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toolkit.config.layers import parse_source
+from toolkit.config.document_loader import parse_source
 from toolkit.config.schemas import find_schema, schema_names
 from toolkit.config.source import Source
 from toolkit.config.structure import check_structure

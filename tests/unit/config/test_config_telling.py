@@ -12,9 +12,9 @@ from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import EXIT_CODES, UnestablishedError
 from toolkit.cli.envcheck import cli
 from toolkit.config import find_schema
+from toolkit.config.document_loader import assemble
 from toolkit.config.explain import all_keys, explain
 from toolkit.config.finding_output import source_excerpt
-from toolkit.config.layers import assemble
 from toolkit.config.libraries import allowed_values, installed_values
 from toolkit.config.rules import Situation, all_rules
 from toolkit.config.rules.batch import divisors_at_least, multiple_at_least, nearest_divisor

@@ -114,7 +114,7 @@ def test_any_shell_text_is_split_without_an_exception(text: str) -> None:
 def test_booleans_of_yaml_1_1_are_booleans() -> None:
     from pathlib import Path
 
-    from toolkit.config.layers import parse_source
+    from toolkit.config.document_loader import parse_source
     from toolkit.config.source import Source
 
     document = parse_source(

@@ -1,4 +1,4 @@
-"""One of two processes that agree on what they repeat. Started by test_engine_together.py."""
+"""One of two processes that agree on what they repeat. Started by test_oom_agreement.py."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import distributed
 
 from toolkit.base.errors import ConfigError
 from toolkit.engine import mesh as meshes
-from toolkit.engine import together
+from toolkit.engine import oom_agreement
 from toolkit.engine.mesh import Mesh
-from toolkit.engine.together import generate_together, repeatable_phase, watch_peers
+from toolkit.engine.oom_agreement import generate_together, repeatable_phase, watch_peers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
 def all_reduce_in_group(mesh: Mesh) -> int:
     """A collective of the group, as the layers of a split model make it."""
     tensor = torch.ones(1)
-    together.check_peers()
+    oom_agreement.check_peers()
     distributed.all_reduce(tensor, group=mesh.group)
     return int(tensor)
 
@@ -80,7 +80,7 @@ def main() -> dict[str, Any]:
     results["rollout fails in both"] = result_or_error(
         lambda: generate_together(mesh, lambda: draw(True))
     )
-    together.PEER_TIMEOUT_S = 0.5
+    oom_agreement.PEER_TIMEOUT_S = 0.5
     if number == 1:  # the other waits for it in a collective
         results["alone"] = result_or_error(lambda: generate_together(mesh, lambda: draw(True)))
         return results

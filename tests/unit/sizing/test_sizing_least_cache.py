@@ -6,7 +6,7 @@ from toolkit.config.lora_targets import get_text_config
 from toolkit.config.model_facts import min_cache_bytes
 from toolkit.sizing import kv_bytes
 from toolkit.sizing.spec import spec_from_values
-from toolkit.sizing.split import spec_of_one_card
+from toolkit.sizing.tensor_parallel import spec_of_one_card
 
 UNIFORM = ("Llama-3.1-8B", "Qwen3-8B", "Qwen2.5-7B")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from toolkit.base.capability import FLOAT8_NATIVE, FOUR_BIT
-from toolkit.config.layers import load_document
+from toolkit.config.document_loader import load_document
 from toolkit.config.validate import validate
 from toolkit.gpu import cards
 from toolkit.sizing import Device, solve

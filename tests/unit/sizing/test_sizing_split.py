@@ -5,7 +5,7 @@ import pytest
 from toolkit.base.errors import ConfigError
 from toolkit.config import parallel
 from toolkit.sizing import solve
-from toolkit.sizing.split import spec_of_one_card, split_facts
+from toolkit.sizing.tensor_parallel import spec_of_one_card, split_facts
 
 SEVEN_B = "Qwen/Qwen2.5-7B"
 LARGE = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8}

@@ -7,9 +7,9 @@ import logging
 import pytest
 import torch
 
-from toolkit.train.bench import kernel_account, start_account
-from toolkit.train.bench.kernel_account import KernelTimes, kind_of, record_kernels
-from toolkit.train.bench.start_account import StartTimer
+from toolkit.train.bench import kernel_times, start_times
+from toolkit.train.bench.kernel_times import KernelTimes, kind_of, record_kernels
+from toolkit.train.bench.start_times import StartTimer
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_time_without_operations_is_host_time() -> None:
     assert 0 < account.busy_s <= account.wall_s
     assert account.host_s == pytest.approx(account.wall_s - account.busy_s)
     assert any(row["name"] == "aten::mm" for row in shown["top"])
-    rows = kernel_account.kernel_table("decode step", shown)
+    rows = kernel_times.kernel_table("decode step", shown)
     assert rows[0][0].strip() == "decode step"
     assert rows[-1][0].strip() == "host, no kernel running"
 
@@ -68,6 +68,6 @@ def test_log_messages_of_vllm_end_phases() -> None:
         "configuration of vLLM",
         "warm-up of the engine",
     ]
-    rows = start_account.phase_table(account.phases)
+    rows = start_times.phase_table(account.phases)
     assert len(rows) == 4
     assert rows[1][0].strip() == "import torch"

@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from toolkit.base.errors import ToolkitError
 from toolkit.config.data_facts import DataFacts, read_data_facts
-from toolkit.config.layers import parse_source
+from toolkit.config.document_loader import parse_source
 from toolkit.config.source import Source
 from toolkit.train.data.data_checks import parse_prompts
 from toolkit.train.data.prompt_format import check_prompts

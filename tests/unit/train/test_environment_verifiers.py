@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.config.build import build_config
-from toolkit.config.layers import assemble
+from toolkit.config.build_config import build_config
+from toolkit.config.document_loader import assemble
 from toolkit.config.source import Source
 from toolkit.train.rewards import load_rewards
 from toolkit.train.rewards.environment_code import environment_code_of
-from toolkit.train.rewards.problems import request_problems
+from toolkit.train.rewards.environment_problems import request_problems
 from toolkit.train.rewards.worker_process import Workers
 
 pytest.importorskip("verifiers.v1")

@@ -127,7 +127,7 @@ def test_a_signal_before_the_run_begins_raises_stopped_error(launch_shell, tmp_p
 
 RANK_SCRIPT = """\
 import os, sys, time
-from toolkit.cli.early import early_stop_signals
+from toolkit.cli.early_signals import early_stop_signals
 with early_stop_signals():
     open(f"pid{os.environ['RANK']}", "w").write(str(os.getpid()))
     time.sleep(60)

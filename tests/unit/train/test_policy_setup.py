@@ -13,7 +13,7 @@ from trainer_helpers import ROWS, adapter_digest, arguments, make_policy, make_t
 
 from toolkit import GRPOConfig
 from toolkit.base.errors import ConfigError, ConfigValueError, DefectError, UnsupportedError
-from toolkit.policy.base_sums import base_checksums, changed_tensors
+from toolkit.policy.base_checksum import base_checksums, changed_tensors
 from toolkit.policy.lora import refuse_unsupported_adapter
 from toolkit.train.demo import make_model, make_tokenizer
 from toolkit.train.trainer import GRPOTrainer

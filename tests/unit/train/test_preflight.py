@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.cli import request
+from toolkit.cli import check_request
 from toolkit.cli.train_run import train
 from toolkit.config import load_run
 from toolkit.config.resolved import Situation, resolve_run
@@ -153,7 +153,7 @@ def test_each_rank_checks_its_own_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_preflight_and_envcheck_check_use_the_same_requirements(tmp_path: Path) -> None:
     config = load_run(write_run(tmp_path), ("model.fast_inference=true",))
     context = preflight.check_context(resolve_run(config, Situation()))
-    assert context == CheckContext(**request.run_requirements(config, Situation()))
+    assert context == CheckContext(**check_request.run_requirements(config, Situation()))
     assert context.engine == "vllm"
 
 

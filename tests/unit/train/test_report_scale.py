@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.train.report import scale
+from toolkit.train.report import axis
 
 VALUES = st.lists(st.none() | st.floats(-1e120, 1e120), max_size=80)
 
@@ -23,19 +23,19 @@ VALUES = st.lists(st.none() | st.floats(-1e120, 1e120), max_size=80)
     ],
 )  # fmt: skip
 def test_short_number(value: float | None, shown: str) -> None:
-    assert scale.short_number(value) == shown
+    assert axis.short_number(value) == shown
 
 
 @given(VALUES)
 def test_the_axis_range_contains_the_values_and_the_ticks(values: list[float | None]) -> None:
-    low, high = scale.axis_range(values)
+    low, high = axis.axis_range(values)
     assert math.isfinite(low)
     assert math.isfinite(high)
     assert low < high
     there = [value for value in values if value is not None]
     if there and len(there) < 50:
         assert low <= min(there) <= max(there) <= high
-    marks = scale.ticks(low, high)
+    marks = axis.ticks(low, high)
     assert len(marks) <= 12
     slack = (high - low) * 1e-6
     assert all(low - slack <= mark <= high + slack for mark in marks)
@@ -44,37 +44,37 @@ def test_the_axis_range_contains_the_values_and_the_ticks(values: list[float | N
 def test_a_spike_does_not_flatten_the_curve() -> None:
     values: list[float | None] = [math.sin(i / 9) for i in range(200)]
     values[100] = 1e6
-    assert scale.axis_range(values)[1] < 10
-    assert max(value or 0 for value in scale.smooth(values, 13)) < 1.1
+    assert axis.axis_range(values)[1] < 10
+    assert max(value or 0 for value in axis.smooth(values, 13)) < 1.1
 
 
 def test_ticks_are_round() -> None:
-    assert scale.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1.0]
-    assert scale.ticks(-0.07, 0.31) == [0, 0.1, 0.2, 0.3]
-    assert scale.ticks(1, 300, 5) == [100, 200, 300]
-    assert scale.ticks(3, 3) == []
-    assert scale.tick_labels([41.0, 41.05, 41.1]) == ["41", "41.05", "41.1"]
-    assert scale.tick_labels([0.69325, 0.6935, 0.69375]) == ["0.69325", "0.6935", "0.69375"]
-    assert scale.tick_labels([12_250.0, 12_500.0]) == ["12.25k", "12.5k"]
+    assert axis.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1.0]
+    assert axis.ticks(-0.07, 0.31) == [0, 0.1, 0.2, 0.3]
+    assert axis.ticks(1, 300, 5) == [100, 200, 300]
+    assert axis.ticks(3, 3) == []
+    assert axis.tick_labels([41.0, 41.05, 41.1]) == ["41", "41.05", "41.1"]
+    assert axis.tick_labels([0.69325, 0.6935, 0.69375]) == ["0.69325", "0.6935", "0.69375"]
+    assert axis.tick_labels([12_250.0, 12_500.0]) == ["12.25k", "12.5k"]
 
 
 def test_smoothing_keeps_gaps_and_constants() -> None:
-    assert scale.smooth([1.0, None, 1.0, 1.0], 3) == [1.0, None, 1.0, 1.0]
-    assert scale.smooth([1.0, 5.0], 1) == [1.0, 5.0]
-    assert scale.smoothing_window(5) == 1
-    assert scale.smoothing_window(300) == 20
+    assert axis.smooth([1.0, None, 1.0, 1.0], 3) == [1.0, None, 1.0, 1.0]
+    assert axis.smooth([1.0, 5.0], 1) == [1.0, 5.0]
+    assert axis.smoothing_window(5) == 1
+    assert axis.smoothing_window(300) == 20
 
 
 @given(st.integers(1, 3000))
 def test_thinning_keeps_the_end_and_the_mean(count: int) -> None:
     xs = [float(i) for i in range(1, count + 1)]
-    thinned, (column,) = scale.reduce_points(xs, [xs])
-    assert len(thinned) == len(column) <= scale.MAX_POINTS
+    thinned, (column,) = axis.reduce_points(xs, [xs])
+    assert len(thinned) == len(column) <= axis.MAX_POINTS
     assert thinned[-1] == count
     assert thinned == sorted(set(thinned))
 
 
 def test_thinning_passes_over_gaps() -> None:
     xs = [float(i) for i in range(800)]
-    _, (column,) = scale.reduce_points(xs, [[None, 4.0] * 400])
+    _, (column,) = axis.reduce_points(xs, [[None, 4.0] * 400])
     assert set(column) == {4.0}

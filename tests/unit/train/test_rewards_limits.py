@@ -10,7 +10,7 @@ import time
 import pytest
 
 from toolkit.base.time_limits import OutOfTime, call_within
-from toolkit.train.rewards.attempt import LoopThread
+from toolkit.train.rewards.reward_call import LoopThread
 
 
 def test_limits_nest_and_leave_the_alarm_as_it_was() -> None:

@@ -15,8 +15,8 @@ from rewards_helpers import COMPLETIONS, reward_scoring_bad_with, run, saved_sam
 
 from toolkit.base.errors import ConfigError
 from toolkit.train.rewards import error_policy as policy_module
-from toolkit.train.rewards.attempt import is_async
 from toolkit.train.rewards.error_policy import ErrorPolicy, guard
+from toolkit.train.rewards.reward_call import is_async
 
 
 def divide() -> float:

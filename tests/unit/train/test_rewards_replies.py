@@ -19,9 +19,9 @@ from toolkit.config.run_config import (
 )
 from toolkit.train.metric_names import LEADING_METRICS
 from toolkit.train.report.metrics_log import metrics_row
-from toolkit.train.rewards import load_rewards, wire
-from toolkit.train.rewards.logged import with_safe_log_functions
-from toolkit.train.rewards.replies import is_valid
+from toolkit.train.rewards import load_rewards, worker_channel
+from toolkit.train.rewards.loggable_values import with_safe_log_functions
+from toolkit.train.rewards.worker_replies import is_valid
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,11 +119,13 @@ def test_the_form_of_a_reply(do: str, reply: dict[str, Any], valid: bool) -> Non
     assert is_valid({"do": do}, reply) is valid
 
 
-@pytest.mark.parametrize("kind", [*wire._DECODERS])
+@pytest.mark.parametrize("kind", [*worker_channel._DECODERS])
 @pytest.mark.parametrize("value", [[], {}, None, -1, "x", [10**15], [[10**30], "AAAA"]])
 def test_a_value_of_the_data_that_looks_like_a_tag(kind: str, value: Any) -> None:
     """Only the value itself may come of it, or what the tag stands for; never an error."""
-    wire.unpack(wire.pack({"\0toolkit": kind, "value": value})[wire.HEADER_BYTES :])
+    worker_channel.unpack(
+        worker_channel.pack({"\0toolkit": kind, "value": value})[worker_channel.HEADER_BYTES :]
+    )
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_lists_arrays_and_tensors_are_accepted(tmp_path: Path, returned: Any) ->
 
 
 def test_a_lone_surrogate_is_escaped() -> None:
-    from toolkit.train.rewards.logged import safe_text
+    from toolkit.train.rewards.loggable_values import safe_text
 
     assert safe_text("a\ud800") == "a\\ud800"
     assert safe_text("\ud800" * 20_000).isascii()

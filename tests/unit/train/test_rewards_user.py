@@ -17,7 +17,7 @@ from toolkit.config.run_config import (
     RuntimeSection,
 )
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.user import RunFolderFinder, load_function
+from toolkit.train.rewards.user_reward import RunFolderFinder, load_function
 
 if TYPE_CHECKING:
     from pathlib import Path

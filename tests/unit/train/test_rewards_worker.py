@@ -29,7 +29,7 @@ from toolkit.config.run_config import (
 from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.rewards import load_rewards
 from toolkit.train.rewards.error_policy import AsyncGuardedReward, ErrorPolicy, guard
-from toolkit.train.rewards.remote import RemoteReward
+from toolkit.train.rewards.worker_rewards import RemoteReward
 
 HOSTILE = Path(__file__).with_name("hostile_rewards.py")
 COMPLETIONS = ["a", "bad", "c"]

@@ -20,7 +20,7 @@ from toolkit.policy.load_request import apply_standby_variable
 from toolkit.policy.notebook_templates import CHATML, get_chat_template, standardize_sharegpt
 from toolkit.policy.saving import gguf_recipe
 from toolkit.train.demo import make_tokenizer
-from toolkit.train.rewards.script import wrap_reward_funcs
+from toolkit.train.rewards.script_rewards import wrap_reward_funcs
 from toolkit.train.trainer import GRPOTrainer
 
 # --- fields of older releases

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.config.build import build_config
-from toolkit.config.layers import assemble
+from toolkit.config.build_config import build_config
+from toolkit.config.document_loader import assemble
 from toolkit.config.source import Source
 from toolkit.train.report.metrics_log import LOG_FILES, TOOL_LOG_FILES, Journal
 from toolkit.train.rewards.worker_process import WorkerProcess

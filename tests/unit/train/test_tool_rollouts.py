@@ -20,7 +20,7 @@ from toolkit.policy.lora_settings import LoraSettings
 from toolkit.train.report.metrics_log import LOG_FILES, TOOL_LOG_FILES, Journal
 from toolkit.train.rewards.error_policy import ErrorPolicy, guard
 from toolkit.train.rewards.openenv import OpenEnv
-from toolkit.train.rewards.returned import Failure, UserCodeFailed
+from toolkit.train.rewards.score_checks import Failure, UserCodeFailed
 from toolkit.train.rollout.tool_log import ToolLog
 from toolkit.train.rollout.tools import Episode, StopRun, Tool
 from toolkit.train.trainer import GRPOTrainer

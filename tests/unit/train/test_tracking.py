@@ -23,10 +23,10 @@ from toolkit.config import load_run
 from toolkit.train import tracking
 from toolkit.train.run import run
 from toolkit.train.run_context import Options
-from toolkit.train.tracking import Tracking, flat_completion, start, tracker_names
-from toolkit.train.tracking.lane import TrackerThread
+from toolkit.train.tracking import Tracking, flat_completion, run_info, tracker_names
 from toolkit.train.tracking.to_tensorboard import markdown
 from toolkit.train.tracking.to_upstream import UpstreamTracker
+from toolkit.train.tracking.tracker_thread import TrackerThread
 
 STEPS = 4
 
@@ -109,7 +109,7 @@ def test_an_invalid_trackers_json_is_ignored(tmp_path, kind):
     else:
         texts = {"nested": "[" * 200_000, "list": "[1]", "huge": '{"run_id": 1%s}' % ("0" * 5000)}
         path.write_text(texts[kind])
-    assert start._read_ids(tmp_path) == {}
+    assert run_info._read_ids(tmp_path) == {}
 
 
 class FailingTracker:
@@ -222,7 +222,7 @@ def test_five_failures_in_a_row_end_the_tracker():
 
 
 def test_the_number_of_dropped_updates_of_a_slow_tracker_is_reported(monkeypatch):
-    monkeypatch.setattr(tracking.lane, "MAX_QUEUED_CALLS", 3)
+    monkeypatch.setattr(tracking.tracker_thread, "MAX_QUEUED_CALLS", 3)
     monkeypatch.setattr(tracking, "CLOSE_LIMIT_S", 0.1)
     printed = send_steps(RecordingTracker(slow_s=1.0), 20)
     assert any("did not finish in time" in line for line in printed)

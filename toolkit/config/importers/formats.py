@@ -148,7 +148,7 @@ def read_foreign_config(name: str, form: str | None = None) -> ForeignConfig:
     means that the format is guessed. Raises InputError if the file cannot be read or its format is
     unknown.
     """
-    from toolkit.config.layers import parse_source  # noqa: PLC0415 - config.layers is above this package
+    from toolkit.config.document_loader import parse_source  # noqa: PLC0415 - config.document_loader is above this package
     from toolkit.config.text_reader import UnreadableText, read_source  # noqa: PLC0415
 
     suffix = Path(name).suffix.lower()

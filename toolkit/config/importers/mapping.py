@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.secrets import is_secret_key
 from toolkit.config.importers.foreign import Computed, Entry, ForeignConfig, UnreadPart
+from toolkit.config.message_text import show_value
 from toolkit.config.migration import CONVERSIONS, FORCED_KEYS, INERT_KEYS, MOVED_KEYS, convert_key
 from toolkit.config.schemas import find_schema
-from toolkit.config.wording import show_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -12,7 +12,7 @@ from toolkit.base.formatting import escape_unprintable
 from toolkit.base.secrets import redact
 from toolkit.config.importers.formats import load_table
 from toolkit.config.importers.mapping import Row, RunValue
-from toolkit.config.wording import spell_value
+from toolkit.config.message_text import spell_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

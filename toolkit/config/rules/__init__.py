@@ -14,8 +14,8 @@ _TOPICS = (
     "batch", "batch_auto", "rows", "sampling", "generation_kwargs", "training", "schedule",
     "scheduler", "optimizer", "packages", "evaluation", "trainer", "lengths", "lora", "lora_engine",
     "lora_layers", "lora_start", "experts", "loading", "tensor_parallel", "kv_cache", "features",
-    "model_files", "hardware", "keys", "secrets", "rewards", "environment", "data", "given",
-    "runtime", "structural",
+    "model_files", "hardware", "keys", "secrets", "rewards", "environment", "data",
+    "data_columns", "runtime", "structural",
 )  # fmt: skip
 
 

@@ -11,11 +11,11 @@ from toolkit.config.engine_settings import OPTIONS
 from toolkit.config.environments import MULTI_TURN_ADAPTERS
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.key_moves import move_fix, removal_fix
+from toolkit.config.message_text import show_value
 from toolkit.config.migration import FORCED_KEYS, INERT_KEYS, MOVED_KEYS, convert_key
 from toolkit.config.rules.evaluation import METRIC_SCHEDULES, has_evaluation_data
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.schemas import find_schema
-from toolkit.config.wording import show_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from toolkit.config.adapter_facts import INHERITED, read_adapter, start_problem
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.lora_targets import is_excluded, pattern_fault, pattern_value
+from toolkit.config.message_text import show_value
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.run_paths import path_exists, resolve_path
-from toolkit.config.wording import show_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

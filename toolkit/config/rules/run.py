@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config import parallel
 from toolkit.config.finding import Edit, Fix, rename_key
+from toolkit.config.message_text import show_value, spell_value
 from toolkit.config.resolved import DeviceFacts, Engine, Situation, resolve_engine
 from toolkit.config.schemas import find_schema
-from toolkit.config.wording import show_value, spell_value
 
 if TYPE_CHECKING:
     from toolkit.config.document import Document, Node

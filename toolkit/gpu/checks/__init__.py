@@ -13,7 +13,7 @@ from toolkit.gpu.checks.health import CHECKS as HEALTH
 from toolkit.gpu.checks.host import CHECKS as HOST
 from toolkit.gpu.checks.memory import CHECKS as MEMORY
 from toolkit.gpu.checks.model import CHECKS as MODEL
-from toolkit.gpu.checks.place import CHECKS as PLACE
+from toolkit.gpu.checks.runtime_environment import CHECKS as PLACE
 from toolkit.gpu.checks.software import CHECKS as SOFTWARE
 from toolkit.gpu.checks.speed import CHECKS as SPEED
 

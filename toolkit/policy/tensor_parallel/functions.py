@@ -17,8 +17,8 @@ import torch
 from torch import distributed
 
 from toolkit.engine.mesh import current_mesh
+from toolkit.engine.oom_agreement import check_peers
 from toolkit.engine.shards import shard_of
-from toolkit.engine.together import check_peers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

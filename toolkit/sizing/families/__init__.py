@@ -11,8 +11,8 @@ from toolkit.sizing.families import dense, gemma, gemma4, hybrid, mla, moe, stat
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from toolkit.sizing.config_fields import Fields
     from toolkit.sizing.families.common import Shape
-    from toolkit.sizing.fields import Fields
 
 FAMILIES: dict[str, Callable[[Fields], Shape]] = {
     "llama": dense.llama,

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import InputError
+from toolkit.sizing.config_fields import MAX_LAYERS
 from toolkit.sizing.families.rope import rope_tables, rotary_columns
-from toolkit.sizing.fields import MAX_LAYERS
 from toolkit.sizing.model_blocks import Block, Cache, Linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from toolkit.sizing.fields import Fields
+    from toolkit.sizing.config_fields import Fields
     from toolkit.sizing.model_blocks import RopeTable, Scores
 
 

@@ -23,8 +23,8 @@ from toolkit.sizing.families.common import (
 from toolkit.sizing.model_blocks import Block, Linear
 
 if TYPE_CHECKING:
+    from toolkit.sizing.config_fields import Fields
     from toolkit.sizing.families.common import Heads, Shape
-    from toolkit.sizing.fields import Fields
 
 
 def _uniform_blocks(

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import InputError
+from toolkit.sizing.config_fields import Fields
 from toolkit.sizing.families.common import (
     Shape,
     attention,
@@ -17,7 +18,6 @@ from toolkit.sizing.families.common import (
     read_heads,
 )
 from toolkit.sizing.families.rope import rope_tables
-from toolkit.sizing.fields import Fields
 from toolkit.sizing.model_blocks import Block
 
 if TYPE_CHECKING:

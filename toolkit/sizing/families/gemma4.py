@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from toolkit.sizing.config_fields import MAX_EXPERTS
 from toolkit.sizing.families.common import (
     Heads,
     Shape,
@@ -22,11 +23,10 @@ from toolkit.sizing.families.common import (
     layer_kinds,
 )
 from toolkit.sizing.families.rope import rope_tables
-from toolkit.sizing.fields import MAX_EXPERTS
 from toolkit.sizing.model_blocks import Block, Cache, Linear
 
 if TYPE_CHECKING:
-    from toolkit.sizing.fields import Fields
+    from toolkit.sizing.config_fields import Fields
 
 
 def gemma4(fields: Fields) -> Shape:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from toolkit.sizing.config_fields import MAX_EXPERTS
 from toolkit.sizing.families.common import (
     Heads,
     Shape,
@@ -18,11 +19,10 @@ from toolkit.sizing.families.common import (
 )
 from toolkit.sizing.families.moe import experts
 from toolkit.sizing.families.rope import rope_tables, rotary_columns
-from toolkit.sizing.fields import MAX_EXPERTS
 from toolkit.sizing.model_blocks import Block, Cache, Linear
 
 if TYPE_CHECKING:
-    from toolkit.sizing.fields import Fields
+    from toolkit.sizing.config_fields import Fields
 
 STATES_NOTE = (
     "linear attention has one state per sequence; KV bytes per token count only other layers"

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from toolkit.sizing.config_fields import MAX_EXPERTS, MAX_LAYERS
 from toolkit.sizing.families.common import Shape, build_blocks, gated_mlp, layer_count
 from toolkit.sizing.families.moe import experts
 from toolkit.sizing.families.rope import rope_tables
-from toolkit.sizing.fields import MAX_EXPERTS, MAX_LAYERS
 from toolkit.sizing.model_blocks import Block, Cache, Linear
 
 if TYPE_CHECKING:
-    from toolkit.sizing.fields import Fields
+    from toolkit.sizing.config_fields import Fields
 
 
 def deepseek(fields: Fields) -> Shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from toolkit.sizing.config_fields import MAX_EXPERTS
 from toolkit.sizing.families.common import (
     BOTH_TABLES,
     attention,
@@ -17,12 +18,11 @@ from toolkit.sizing.families.common import (
     read_heads,
 )
 from toolkit.sizing.families.rope import rope_tables, rotary_columns
-from toolkit.sizing.fields import MAX_EXPERTS
 from toolkit.sizing.model_blocks import Block, Linear
 
 if TYPE_CHECKING:
+    from toolkit.sizing.config_fields import Fields
     from toolkit.sizing.families.common import Shape
-    from toolkit.sizing.fields import Fields
 
 
 def experts(hidden: int, inner: int, count: int) -> list[Linear]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from toolkit.sizing.model_blocks import RopeTable
 
 if TYPE_CHECKING:
-    from toolkit.sizing.fields import Fields
+    from toolkit.sizing.config_fields import Fields
 
 MAX_FACTOR = 4096  # limit of a scaling factor; published ones are below 100
 LAYER_TYPES = ("full_attention", "sliding_attention")

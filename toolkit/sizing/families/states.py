@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import InputError
+from toolkit.sizing.config_fields import MAX_EXPERTS, MAX_LAYERS
 from toolkit.sizing.families.common import (
     Heads,
     Shape,
@@ -18,11 +19,10 @@ from toolkit.sizing.families.common import (
 )
 from toolkit.sizing.families.hybrid import STATES_NOTE
 from toolkit.sizing.families.rope import rope_tables, rotary_columns
-from toolkit.sizing.fields import MAX_EXPERTS, MAX_LAYERS
 from toolkit.sizing.model_blocks import Block, Cache, Linear
 
 if TYPE_CHECKING:
-    from toolkit.sizing.fields import Fields
+    from toolkit.sizing.config_fields import Fields
 
 _KIND_OF_LETTER = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 _KIND_OF_NAME = {"linear_attention": "mamba", "full_attention": "attention"}

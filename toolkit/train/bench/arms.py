@@ -47,7 +47,7 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
     start = time.perf_counter()
     start_timer = None
     if settings.profile and arm == "ours":
-        from toolkit.train.bench.start_account import StartTimer  # noqa: PLC0415
+        from toolkit.train.bench.start_times import StartTimer  # noqa: PLC0415
 
         start_timer = StartTimer()
         start_timer.import_packages()
@@ -74,10 +74,10 @@ def train_with_profile(trainer: Any, settings: Settings, result: Result, start_t
     start, the time of each kind of kernel in a decode step, and the time of each kind of kernel in
     the last training step without its rollout.
     """
-    from toolkit.train.bench import kernel_account  # noqa: PLC0415 - torch
+    from toolkit.train.bench import kernel_times  # noqa: PLC0415 - torch
 
     start_timer.end_phase("making the trainer's model, checking it, making the trainer")
-    training_profile = kernel_account.TrainingProfile(settings)
+    training_profile = kernel_times.TrainingProfile(settings)
     trainer.vllm_generation.on_rollout_end = training_profile.start_in_last_step
     trainer.add_callback(training_profile)
     trainer.train()
@@ -91,7 +91,7 @@ def train_with_profile(trainer: Any, settings: Settings, result: Result, start_t
     engine = trainer.vllm_generation.engine
     rows = prompts(settings)[: settings.prompts]
     prompt_ids = [trainer.processing_class(row["prompt"])["input_ids"] for row in rows]
-    decode_times = kernel_account.decode_kernel_times(engine, prompt_ids, settings.num_generations)
+    decode_times = kernel_times.decode_kernel_times(engine, prompt_ids, settings.num_generations)
     assert training_profile.recorder is not None
     result.profile = {
         "start_s": phases,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.base.errors import ConfigValueError, InputError, UnsupportedError
 from toolkit.config import chat_format
-from toolkit.config.build import build_config
-from toolkit.config.layers import load_document
+from toolkit.config.build_config import build_config
+from toolkit.config.document_loader import load_document
 from toolkit.train.data.chat_record import run_used_chats
 
 if TYPE_CHECKING:

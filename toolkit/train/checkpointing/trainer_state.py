@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from transformers import TrainerState
 
-from toolkit.base import disk
+from toolkit.base import disk_errors
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
 from toolkit.base.files import MAX_DATA_BYTES
 from toolkit.base.paths import write_file
 from toolkit.base.version import __version__
 from toolkit.engine.mesh import current_mesh
 from toolkit.policy.adapter_io import read_tensors
-from toolkit.train.checkpointing import checkpoint, rates
+from toolkit.train.checkpointing import checkpoint, optimizer_settings
 from toolkit.train.checkpointing.branch import TRAINER_STATE_FILE, valid_steps
 from toolkit.train.checkpointing.checkpoint import STATE_FILE
 from toolkit.train.checkpointing.state_files import (
@@ -153,7 +153,7 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
     except Exception as error:
         # Before ``disk.to_toolkit_error``, which reports the free space.
         shutil.rmtree(partial, ignore_errors=True)
-        user_error = disk.to_toolkit_error(
+        user_error = disk_errors.to_toolkit_error(
             error, run_dir, needed=_estimate_bytes(trainer, snapshot)
         )
         if user_error is None or user_error is error:
@@ -261,10 +261,10 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
     with _state_errors_translated(folder):
         state = checkpoint.read_json(folder, STATE_FILE)
         tensors = _read_tensors(folder / OPTIMIZER_FILE)
-        settings = rates.read_settings(trainer)
+        settings = optimizer_settings.read_settings(trainer)
         load_optimizer(_unwrapped(trainer.optimizer), unflatten(state["optimizer"], tensors))
         trainer.lr_scheduler.load_state_dict(unflatten(state["scheduler"], {}))
-        rates.restore_settings(trainer, settings)
+        optimizer_settings.restore_settings(trainer, settings)
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(unflatten(state["scaler"], {}))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import DatasetSection, EnvironmentSection
     from toolkit.train.data.arrow_columns import Rows
     from toolkit.train.data.prompt_format import TemplateArguments
-    from toolkit.train.rewards.problems import Row
+    from toolkit.train.rewards.environment_problems import Row
 
 
 HELD_OUT_SEED_OFFSET = 1 << 31

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from toolkit.base.errors import ConfigError
 from toolkit.config import chat_format
-from toolkit.config.build import thaw
+from toolkit.config.build_config import thaw
 from toolkit.config.data_types import prompt_fault
 from toolkit.policy.render_template import template_error
 

@@ -10,8 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from toolkit.train.report.markup import escape
-from toolkit.train.report.scale import (
+from toolkit.train.report.axis import (
     Values,
     axis_range,
     reduce_points,
@@ -21,6 +20,7 @@ from toolkit.train.report.scale import (
     tick_labels,
     ticks,
 )
+from toolkit.train.report.markup import escape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

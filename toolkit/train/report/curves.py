@@ -9,8 +9,8 @@ from toolkit.train.report.chart import Chart, Line
 from toolkit.train.report.log_files import finite_number, metric_column
 
 if TYPE_CHECKING:
+    from toolkit.train.report.axis import Values
     from toolkit.train.report.log_files import RunFiles
-    from toolkit.train.report.scale import Values
 
 MAX_REWARD_LINES = 6
 # Each row: title, note, then (label, possible names of the metric) per line. A chart is drawn if

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.base.version import __version__
-from toolkit.train.report import chart, curves, facts, samples
+from toolkit.train.report import chart, curves, samples, sections
 from toolkit.train.report.log_files import section
 from toolkit.train.report.markup import escape
 
@@ -32,23 +32,23 @@ def render(run: RunFiles) -> str:
         f"default-src 'none'; style-src '{_csp_hash(style)}'; script-src '{_csp_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    css_class, status_text = facts.status(run)
+    css_class, status_text = sections.status(run)
     model = section(run.config, "model").get("model_name") or "unknown model"
     reward, others = curves.reward_chart(run), curves.other_charts(run)
-    charts = facts.evaluation(run) + "".join(
+    charts = sections.evaluation(run) + "".join(
         chart.chart_html(item, number) for number, item in enumerate(others, start=1)
     )
-    setup_html = facts.setup(run) + facts.provenance(run) + facts.memory(run)
-    sections = [
+    setup_html = sections.setup(run) + sections.provenance(run) + sections.memory(run)
+    body_parts = [
         f"<header><div><h1>{escape(run.name)}</h1><p class=note>{escape(model)}</p></div>"
         f"<span class='status {css_class}'>{escape(status_text)}</span></header>",
-        facts.tiles(run),
-        facts.notices(run),
+        sections.tiles(run),
+        sections.notices(run),
         chart.chart_html(reward, 0) if reward else _no_curves_note(run),
         f"<div class=grid>{charts}</div>" if charts else "",
         samples.samples_html(run),
         f"<h2>How it was run</h2><div class=grid>{setup_html}</div>" if setup_html else "",
-        facts.full_documents(run),
+        sections.full_documents(run),
         f"<footer>grpo-toolkit {escape(__version__)}: this file is self-contained</footer>",
     ]
     return (
@@ -58,7 +58,7 @@ def render(run: RunFiles) -> str:
         '<meta name="color-scheme" content="light dark">'
         '<meta name="referrer" content="no-referrer">'
         f"<title>{escape(run.name)}</title><style>{style}</style></head>\n<body><main>"
-        + "\n".join(part for part in sections if part)
+        + "\n".join(part for part in body_parts if part)
         + f"</main>\n<script>{script}</script></body></html>\n"
     )
 

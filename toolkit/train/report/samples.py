@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from toolkit.train.report.axis import mean, short_number
 from toolkit.train.report.log_files import finite_number, section
 from toolkit.train.report.markup import escape, escape_start
-from toolkit.train.report.scale import mean, short_number
 
 if TYPE_CHECKING:
     from toolkit.train.report.log_files import RunFiles

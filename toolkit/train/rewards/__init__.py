@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.config.build import thaw
+from toolkit.config.build_config import thaw
 from toolkit.config.environments import ADAPTERS
 from toolkit.config.reward_table import reward_metric_names
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE, ErrorPolicy, GuardedReward, guard
-from toolkit.train.rewards.make import BUILTINS, make_function
 from toolkit.train.rewards.mathverify import MathVerify
 from toolkit.train.rewards.openenv import OpenEnv
-from toolkit.train.rewards.remote import RemoteMathVerify, RemoteReward
+from toolkit.train.rewards.reward_factory import BUILTINS, make_function
 from toolkit.train.rewards.verifiers_tasks import Verifiers
 from toolkit.train.rewards.worker_process import Workers
+from toolkit.train.rewards.worker_rewards import RemoteMathVerify, RemoteReward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

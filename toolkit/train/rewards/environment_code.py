@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import ConfigError
-from toolkit.config.build import thaw
+from toolkit.config.build_config import thaw
 from toolkit.config.code import is_allowed
 from toolkit.config.environments import ADAPTERS, task_module
-from toolkit.train.rewards.user import make_importable
+from toolkit.train.rewards.user_reward import make_importable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

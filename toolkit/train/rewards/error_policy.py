@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import append_line, make_folder
 from toolkit.base.secrets import redact
-from toolkit.train.rewards.attempt import Batch, LoopThread, call_reward, ignore_log, is_async
-from toolkit.train.rewards.logged import to_safe_json, with_safe_log_functions
-from toolkit.train.rewards.remote import RemoteReward
-from toolkit.train.rewards.returned import Failure, UserCodeFailed
+from toolkit.train.rewards.loggable_values import to_safe_json, with_safe_log_functions
+from toolkit.train.rewards.reward_call import Batch, LoopThread, call_reward, ignore_log, is_async
+from toolkit.train.rewards.score_checks import Failure, UserCodeFailed
+from toolkit.train.rewards.worker_rewards import RemoteReward
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 from toolkit.base.errors import ConfigError, MissingExtraError, first_line
 from toolkit.base.time_limits import call_within
 from toolkit.train.rewards.reasoning_gym import PROBLEM_COLUMN
-from toolkit.train.rewards.returned import Failure, UserCodeFailed, check_scores
+from toolkit.train.rewards.score_checks import Failure, UserCodeFailed, check_scores
 from toolkit.train.rewards.tool_calls import InvalidToolCall, as_text, run_user_code
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from toolkit.base.errors import ConfigError, MissingExtraError, first_line
-from toolkit.config.build import thaw
+from toolkit.config.build_config import thaw
 from toolkit.train.rewards.builtin import text_of
 
 if TYPE_CHECKING:

@@ -14,9 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, ToolkitError, first_line
 from toolkit.base.time_limits import OutOfTime, call_within
-from toolkit.train.rewards.attempt import LoopThread, preserve_process_state
-from toolkit.train.rewards.returned import Failure, UserCodeFailed, exception_summary, failure_from
-from toolkit.train.rewards.user import load_code
+from toolkit.train.rewards.reward_call import LoopThread, preserve_process_state
+from toolkit.train.rewards.score_checks import (
+    Failure,
+    UserCodeFailed,
+    exception_summary,
+    failure_from,
+)
+from toolkit.train.rewards.user_reward import load_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

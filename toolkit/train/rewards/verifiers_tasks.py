@@ -18,7 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from toolkit.base.errors import ConfigError, MissingExtraError, first_line
-from toolkit.config.build import thaw
+from toolkit.config.build_config import thaw
 from toolkit.train.rewards.builtin import text_of
 from toolkit.train.rewards.reasoning_gym import PROBLEM_COLUMN
 

@@ -34,14 +34,14 @@ from toolkit.base.errors import ToolkitError
 from toolkit.base.secrets import protect_output
 from toolkit.config.run_config import RewardFunction
 from toolkit.train.logging_setup import silence_upstream
-from toolkit.train.rewards import wire
-from toolkit.train.rewards.attempt import Batch, LoopThread, call_reward, is_async
+from toolkit.train.rewards import worker_channel
 from toolkit.train.rewards.environment_code import EnvironmentCode
-from toolkit.train.rewards.logged import extra_values, metric_name, metric_value, safe_text
-from toolkit.train.rewards.make import make_function
+from toolkit.train.rewards.environment_problems import generate_problems
+from toolkit.train.rewards.loggable_values import extra_values, metric_name, metric_value, safe_text
 from toolkit.train.rewards.openenv import Episodes
-from toolkit.train.rewards.problems import generate_problems
-from toolkit.train.rewards.returned import Failure, UserCodeFailed, failure_from
+from toolkit.train.rewards.reward_call import Batch, LoopThread, call_reward, is_async
+from toolkit.train.rewards.reward_factory import make_function
+from toolkit.train.rewards.score_checks import Failure, UserCodeFailed, failure_from
 from toolkit.train.rewards.tool_calls import InvalidToolCall, LocalTool, run_user_code
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ def main(requests: int, replies: int, run_pid: int) -> NoReturn:
     sys.meta_path.insert(0, _SeedingFinder())
     try:
         Service(replies).serve(requests)
-    except wire.ChannelError:  # the run has ended, or a reward closed or wrote to the pipes
+    except (
+        worker_channel.ChannelError
+    ):  # the run has ended, or a reward closed or wrote to the pipes
         os._exit(1)
     with suppress(BaseException):
         atexit._run_exitfuncs()
@@ -127,7 +129,7 @@ class Service:
     def serve(self, requests: int) -> None:
         """Answer requests until the run closes the pipe."""
         service_pid = os.getpid()
-        while (request := wire.receive(requests)) is not None:
+        while (request := worker_channel.receive(requests)) is not None:
             if request["do"] != "call":
                 if request["do"] != "load":
                     _seed_random(request)
@@ -164,12 +166,12 @@ class Service:
             reply = {"misbehaved": list(failure_from(error))}
         _flush()
         try:
-            frame = wire.pack({"id": request["id"], **reply})
+            frame = worker_channel.pack({"id": request["id"], **reply})
         except (TypeError, ValueError, RecursionError) as error:  # an error with fields of any type
             failure = list(failure_from(error))
-            frame = wire.pack({"id": request["id"], "misbehaved": failure})
+            frame = worker_channel.pack({"id": request["id"], "misbehaved": failure})
         with self._reply_lock:
-            wire.send(self._replies, frame)
+            worker_channel.send(self._replies, frame)
 
     def _load(self, request: Any) -> dict[str, Any]:
         if request.get("what") == "tool":

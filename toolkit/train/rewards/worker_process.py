@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from toolkit.base import errors
 from toolkit.base.errors import ToolkitError
 from toolkit.base.time_limits import OutOfTime
-from toolkit.train.rewards import wire
-from toolkit.train.rewards.replies import is_valid
+from toolkit.train.rewards import worker_channel
+from toolkit.train.rewards.worker_replies import is_valid
 
 START_CODE = (
     "import sys; sys.path[:] = sys.argv[4:];"
@@ -192,11 +192,11 @@ class _RunningWorker:
         with self._send_lock:
             self._last_id += 1
             request_id = self._last_id
-            frame = wire.pack({"id": request_id, **request})
+            frame = worker_channel.pack({"id": request_id, **request})
             self._pending[request_id] = reply
             try:
-                was_sent = wire.send(self._requests, frame, deadline)
-            except wire.ChannelError:
+                was_sent = worker_channel.send(self._requests, frame, deadline)
+            except worker_channel.ChannelError:
                 was_sent = True  # the worker has ended, and the reading thread reports how
         try:
             remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -256,8 +256,8 @@ def _deliver_replies(
     replies: int, pending: dict[int, Future[dict[str, Any]]], process: subprocess.Popen[bytes]
 ) -> None:
     problem = None
-    with suppress(wire.ChannelError):
-        while (message := wire.receive(replies)) is not None:
+    with suppress(worker_channel.ChannelError):
+        while (message := worker_channel.receive(replies)) is not None:
             request_id = message.get("id") if isinstance(message, dict) else None
             if type(request_id) is not int:
                 problem = INVALID_REPLY  # a reward has written to the pipe

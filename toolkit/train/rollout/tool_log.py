@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 
 from toolkit.engine.mesh import run_on_first
-from toolkit.train.rewards.logged import safe_text, to_safe_json
+from toolkit.train.rewards.loggable_values import safe_text, to_safe_json
 from toolkit.train.rollout.tools import CallFailed, StopRun, Tool
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.base.time_limits import OutOfTime
-from toolkit.train.rewards.remote import NO_ISOLATION_FIX, RemoteReward
-from toolkit.train.rewards.returned import Failure, UserCodeFailed
+from toolkit.train.rewards.score_checks import Failure, UserCodeFailed
 from toolkit.train.rewards.tool_calls import TOOLS_KEY, InvalidToolCall, LocalTool
 from toolkit.train.rewards.worker_process import WorkerFailed
+from toolkit.train.rewards.worker_rewards import NO_ISOLATION_FIX, RemoteReward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from toolkit.base import disk
+from toolkit.base import disk_errors
 from toolkit.base.errors import ConfigError, NodeError, RetryError, ToolkitError, first_line
 from toolkit.base.symptoms.errors import RESTART_ADVICE, explain_error
 from toolkit.engine.oom_backoff import is_out_of_memory
@@ -51,7 +51,7 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
     if isinstance(error, ToolkitError):
         return error
     message = f"{type(error).__name__}: {first_line(error)}"
-    if (disk_error := disk.to_toolkit_error(error, where)) is not None:
+    if (disk_error := disk_errors.to_toolkit_error(error, where)) is not None:
         return disk_error
     if isinstance(error, IsADirectoryError):  # write_file raises this when it renames onto a folder
         return ConfigError(

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from toolkit.base.errors import ConfigError, first_line
 from toolkit.base.process_environment import rank
+from toolkit.engine.oom_agreement import repeatable_phase, watch_peers
 from toolkit.engine.oom_backoff import is_out_of_memory
-from toolkit.engine.together import repeatable_phase, watch_peers
 from toolkit.train.checkpointing.state_files import flatten
 from toolkit.train.step.importance_sampling import loss_mask
 from toolkit.train.step.step_errors import logger, release_memory

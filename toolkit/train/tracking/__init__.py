@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import redact_tree
 from toolkit.config.trl_names import TRACKERS, is_installed
-from toolkit.train.tracking.lane import TrackerThread
-from toolkit.train.tracking.start import RunInfo, open_run_info
+from toolkit.train.tracking.run_info import RunInfo, open_run_info
 from toolkit.train.tracking.to_mlflow import MlflowTracker
 from toolkit.train.tracking.to_tensorboard import TensorBoardTracker
 from toolkit.train.tracking.to_trackio import TrackioTracker
 from toolkit.train.tracking.to_upstream import UpstreamTracker
 from toolkit.train.tracking.to_wandb import WandbTracker
+from toolkit.train.tracking.tracker_thread import TrackerThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -8,12 +8,12 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from toolkit.train.tracking.start import flat_config
+from toolkit.train.tracking.run_info import flat_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from toolkit.train.tracking.start import RunInfo
+    from toolkit.train.tracking.run_info import RunInfo
 
 FOLDER = "mlruns"
 MAX_VALUE_CHARACTERS = 500  # the maximum number of characters of a parameter's value

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from toolkit.train.tracking.start import RunInfo
+    from toolkit.train.tracking.run_info import RunInfo
 
 FOLDER = "tensorboard"
 FLUSH_INTERVAL_S = 10

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from toolkit.train.tracking.start import RunInfo
+    from toolkit.train.tracking.run_info import RunInfo
 
 
 class TrackioTracker:

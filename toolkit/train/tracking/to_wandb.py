@@ -13,7 +13,7 @@ from urllib.request import getproxies
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from toolkit.train.tracking.start import RunInfo
+    from toolkit.train.tracking.run_info import RunInfo
 
 DEFAULT_SERVER = "https://api.wandb.ai"
 CONNECT_LIMIT_S = 3.0

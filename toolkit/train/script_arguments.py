@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, ToolkitWarning
 from toolkit.config.trl_names import needed_packages
-from toolkit.train.collected import ErrorCollector
-from toolkit.train.rewards.script import wrap_reward_funcs
+from toolkit.train.error_collector import ErrorCollector
+from toolkit.train.rewards.script_rewards import wrap_reward_funcs
 from toolkit.train.rollout import prompt_choice
 from toolkit.train.trl_arguments import refuse_missing_packages
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.streams import ignore_lost_streams
-from toolkit.cli.lazy import LazyGroup
+from toolkit.cli.lazy_group import LazyGroup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.base.time_limits import OutOfTime
-from toolkit.train.rewards import wire
-from toolkit.train.rewards.attempt import Batch
-from toolkit.train.rewards.replies import is_failure
-from toolkit.train.rewards.returned import Failure, UserCodeFailed, check_scores
+from toolkit.train.rewards import worker_channel
+from toolkit.train.rewards.reward_call import Batch
+from toolkit.train.rewards.score_checks import Failure, UserCodeFailed, check_scores
 from toolkit.train.rewards.worker_process import INVALID_REPLY, WorkerFailed, WorkerProcess
+from toolkit.train.rewards.worker_replies import is_failure
 
 if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
@@ -69,7 +69,7 @@ class RemoteReward:
             k: v for k, v in batch.columns.items() if k not in (*LOG_FUNCTIONS, "trainer_state")
         }
         with suppress(KeyError, TypeError, OverflowError):
-            columns["completion_ids"] = wire.TokenIds(columns["completion_ids"])
+            columns["completion_ids"] = worker_channel.TokenIds(columns["completion_ids"])
         request = {
             "function": self._function,
             "seconds": seconds,
@@ -164,7 +164,7 @@ def _sendable_fields(trainer_state: Any) -> dict[str, Any]:
 
 def _can_send(value: Any) -> bool:
     try:
-        wire.pack(value)
+        worker_channel.pack(value)
     except (TypeError, ValueError, RecursionError):
         return False
     return True

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from toolkit.base.did_you_mean import similar_words
-from toolkit.cli.exits import exit_quietly
+from toolkit.cli.exit_codes import exit_quietly
 
 HELP_SETTINGS = {"help_option_names": ["-h", "--help"]}
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from toolkit.engine.mesh import current_mesh
-from toolkit.engine.together import check_peers, repeatable_phase, watch_peers
+from toolkit.engine.oom_agreement import check_peers, repeatable_phase, watch_peers
 from toolkit.train.launch import child_environment, free_port
 
 WORKER = Path(__file__).with_name("together_worker.py")

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
 from toolkit.config.reward_table import ALWAYS_PASSED
-from toolkit.train.rewards.attempt import is_async
 from toolkit.train.rewards.error_policy import GuardedReward
-from toolkit.train.rewards.returned import Failure, UserCodeFailed, check_scores
-from toolkit.train.rewards.user import check_signature
+from toolkit.train.rewards.reward_call import is_async
+from toolkit.train.rewards.score_checks import Failure, UserCodeFailed, check_scores
+from toolkit.train.rewards.user_reward import check_signature
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.formatting import format_bytes, format_duration
+from toolkit.train.report.axis import mean, short_number
 from toolkit.train.report.log_files import finite_number, metric_column, section
 from toolkit.train.report.markup import collapsible, escape, flat_rows, html_table
-from toolkit.train.report.scale import mean, short_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

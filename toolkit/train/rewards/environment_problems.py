@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import ConfigError
 from toolkit.base.time_limits import OutOfTime
 from toolkit.train.rewards import openenv, reasoning_gym, verifiers_tasks
-from toolkit.train.rewards.returned import Failure, UserCodeFailed
+from toolkit.train.rewards.score_checks import Failure, UserCodeFailed
 from toolkit.train.rewards.tool_calls import run_user_code
 from toolkit.train.rewards.worker_process import WorkerFailed
 

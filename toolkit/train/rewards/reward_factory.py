@@ -23,7 +23,7 @@ from toolkit.train.rewards.environment_code import EnvironmentCode
 from toolkit.train.rewards.mathverify import MathVerify
 from toolkit.train.rewards.openenv import OpenEnv
 from toolkit.train.rewards.reasoning_gym import PROBLEM_COLUMN, ReasoningGym
-from toolkit.train.rewards.user import load_function, missing_columns
+from toolkit.train.rewards.user_reward import load_function, missing_columns
 from toolkit.train.rewards.verifiers_tasks import Verifiers
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolkit.base import disk
+from toolkit.base import disk_errors
 from toolkit.base.abandoned_threads import exit_despite_abandoned_threads
 from toolkit.base.errors import DefectError, InputError, ToolkitError
 from toolkit.base.formatting import escape_unprintable
@@ -104,7 +104,9 @@ def _explain_known_error(error: Exception) -> ToolkitError | None:
         )
     from toolkit.base.symptoms.errors import explain_error  # noqa: PLC0415 - only for a failure
 
-    return disk.to_toolkit_error_without_path(error) or explain_error(error, "the command failed")
+    return disk_errors.to_toolkit_error_without_path(error) or explain_error(
+        error, "the command failed"
+    )
 
 
 def _working_folder_exists() -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from toolkit.base.errors import ConfigError, NodeError
-from toolkit.engine.groups import (
+from toolkit.engine.group_checks import (
     SHARED_LIBRARIES,
     check_groups,
     check_same_environment,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import REDACTED, is_secret_key, redact
 from toolkit.train.metric_names import refuse_run_metric
-from toolkit.train.rewards.returned import short_repr
+from toolkit.train.rewards.score_checks import short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable

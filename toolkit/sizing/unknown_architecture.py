@@ -15,7 +15,7 @@ from toolkit.sizing.families.rope import rope_tables
 from toolkit.sizing.model_blocks import Block, Linear
 
 if TYPE_CHECKING:
-    from toolkit.sizing.fields import Fields
+    from toolkit.sizing.config_fields import Fields
     from toolkit.sizing.headers import StoredTensor, StoredWeights
     from toolkit.sizing.model_blocks import Cache
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from toolkit.base.errors import ToolkitError
 from toolkit.base.time_limits import OutOfTime, call_within
 from toolkit.train.checkpointing.stop_signals import StepAbandoned
-from toolkit.train.rewards.returned import Failure, UserCodeFailed, check_scores, failure_from
+from toolkit.train.rewards.score_checks import Failure, UserCodeFailed, check_scores, failure_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator

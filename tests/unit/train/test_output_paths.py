@@ -10,7 +10,7 @@ import pytest
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import append_line
 from toolkit.config.run_config import DatasetSection, LoraSection, ModelSection, RunConfig
-from toolkit.train.checkpointing import in_the_way, run_directory
+from toolkit.train.checkpointing import output_paths, run_directory
 
 OBSTACLES = {
     "link": lambda path, outside: path.symlink_to(outside),
@@ -35,22 +35,22 @@ def test_an_obstacle_in_the_run_folder_is_an_error_with_its_path(tmp_path, name,
     (run_dir / name).parent.mkdir(parents=True)
     OBSTACLES[kind](run_dir / name, outside)
     with pytest.raises(ConfigError, match="but the run writes a") as refused:
-        in_the_way.check_output_paths(run_dir)
+        output_paths.check_output_paths(run_dir)
     assert refused.value.where == str(run_dir / name)
     assert list(outside.iterdir()) == []
 
 
-@pytest.mark.parametrize("tracker", in_the_way.TRACKER_FOLDERS)
+@pytest.mark.parametrize("tracker", output_paths.TRACKER_FOLDERS)
 def test_a_link_as_the_folder_of_a_tracker_is_an_error(tmp_path, tracker):
     outside = tmp_path / "outside"
     outside.mkdir()
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / in_the_way.TRACKER_FOLDERS[tracker]).symlink_to(outside)
+    (run_dir / output_paths.TRACKER_FOLDERS[tracker]).symlink_to(outside)
     plain = RunConfig(model=ModelSection(model_name="m"))
-    in_the_way.check_output_paths(run_dir, plain)  # the run does not use it
+    output_paths.check_output_paths(run_dir, plain)  # the run does not use it
     with pytest.raises(ConfigError, match="is a link, but the run writes a folder"):
-        in_the_way.check_output_paths(run_dir, replace(plain, grpo={"report_to": [tracker]}))
+        output_paths.check_output_paths(run_dir, replace(plain, grpo={"report_to": [tracker]}))
 
 
 @pytest.mark.parametrize(
@@ -74,15 +74,15 @@ def test_the_inputs_of_a_run_are_not_overwritten(tmp_path, key, name):
         source=str(path) if key == "source" else "",
     )
     with pytest.raises(ConfigError, match="but would overwrite it or files in it"):
-        in_the_way.check_output_paths(run_dir, config)
-    in_the_way.check_output_paths(tmp_path / "other", config)
+        output_paths.check_output_paths(run_dir, config)
+    output_paths.check_output_paths(tmp_path / "other", config)
 
 
 def test_a_run_can_resume_from_its_own_config(tmp_path):
     for name in (".branch.json", "config.json"):
         (tmp_path / name).write_text("{}")
     source = str(tmp_path / "config.json")
-    in_the_way.check_output_paths(
+    output_paths.check_output_paths(
         tmp_path, RunConfig(model=ModelSection(model_name="m"), source=source)
     )
 
@@ -92,7 +92,7 @@ def test_a_config_that_no_run_wrote_is_not_replaced(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match="no run wrote this file") as refused:
-        in_the_way.check_output_paths(tmp_path, RunConfig(model=ModelSection(model_name="m")))
+        output_paths.check_output_paths(tmp_path, RunConfig(model=ModelSection(model_name="m")))
     assert refused.value.where == str(path)
     assert path.read_text() == text
 
@@ -100,7 +100,7 @@ def test_a_config_that_no_run_wrote_is_not_replaced(tmp_path, text):
 def test_the_config_of_a_run_that_ended_before_its_first_step_is_replaced(tmp_path):
     config = RunConfig(model=ModelSection(model_name="m"))
     run_directory.write_config(tmp_path, config)
-    in_the_way.check_output_paths(tmp_path, config)
+    output_paths.check_output_paths(tmp_path, config)
 
 
 def test_files_of_an_earlier_run_are_accepted(tmp_path):
@@ -108,7 +108,7 @@ def test_files_of_an_earlier_run_are_accepted(tmp_path):
     for name in ("adapter/base.json", "metrics.jsonl", "bad_rewards.jsonl", "report.html"):
         (tmp_path / name).write_text("mine")
     (tmp_path / "config.json").symlink_to("report.html")
-    in_the_way.check_output_paths(tmp_path)
+    output_paths.check_output_paths(tmp_path)
 
 
 def test_lines_are_only_appended_to_regular_files(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import HashStore
 
 from toolkit.base.errors import ConfigError, NodeError, RetryError, StoppedError
-from toolkit.engine.together import PeerOutOfMemoryError
+from toolkit.engine.oom_agreement import PeerOutOfMemoryError
 from toolkit.train import process_control
 from toolkit.train.process_control import PeerFailed, Peers, is_peer_lost, join, peer_lost_error
 

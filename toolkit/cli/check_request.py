@@ -98,7 +98,7 @@ def _load_run(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig
 
     Raises the same errors as ``config.validate.validated_config``.
     """
-    from toolkit.config.layers import load_document  # noqa: PLC0415 - only for a run file
+    from toolkit.config.document_loader import load_document  # noqa: PLC0415 - only for a run file
     from toolkit.config.resolved import Situation  # noqa: PLC0415 - as above
     from toolkit.config.validate import validated_config  # noqa: PLC0415 - as above
 
