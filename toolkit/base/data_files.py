@@ -170,7 +170,7 @@ def parse_chat(text: str) -> list[dict[str, Any]] | None:
     return messages if messages and is_chat and is_valid_unicode(messages) else None
 
 
-def is_valid_unicode(value: Any) -> bool:
+def is_valid_unicode(value: object) -> bool:
     """Whether every string in a JSON value is valid text. JSON can contain a lone surrogate, which
     is half of a character.
     """
@@ -181,7 +181,7 @@ def is_valid_unicode(value: Any) -> bool:
     return True
 
 
-def find_nul_key(value: Any) -> str | None:
+def find_nul_key(value: object) -> str | None:
     """Return the first key with a NUL character in an object inside a JSON value; None if there is
     no such key. Arrow and datasets end the names of nested fields at a NUL character.
     """

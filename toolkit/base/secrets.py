@@ -97,7 +97,7 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     return text
 
 
-def redact_tree(value: Any, environ: Mapping[str, str] | None = None) -> Any:
+def redact_tree(value: object, environ: Mapping[str, str] | None = None) -> Any:
     """Return a copy of a tree of mappings, lists and scalars without secrets. A secret is
     recognised by the name of its key, by its pattern, or because it is the value of a secret
     environment variable.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import rewrite_file
@@ -83,7 +83,7 @@ def write_chosen_values(document: Document, resolved: RunConfig) -> str:
     return "\n".join(lines) or f'{source.name}: contains no "auto"'
 
 
-def _format_value(value: Any, node: Node) -> str:
+def _format_value(value: object, node: Node) -> str:
     """Return the value as text in the format of the run file (YAML, TOML or JSON)."""
     if isinstance(value, str) and node.source.format == "yaml":
         return value

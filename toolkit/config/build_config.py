@@ -97,7 +97,7 @@ def _field_value(key: str, node: Node) -> Any:
     return freeze(node.to_plain())
 
 
-def freeze(value: Any) -> Any:
+def freeze(value: object) -> Any:
     """Return a read-only copy of a value. At every level, lists become tuples, and mappings become
     read-only mappings.
     """
@@ -111,7 +111,7 @@ def freeze(value: Any) -> Any:
     return value
 
 
-def thaw(value: Any) -> Any:
+def thaw(value: object) -> Any:
     """Undo ``freeze``: return a copy of the value with plain lists and dicts. JSON and some
     libraries require these types.
     """

@@ -133,7 +133,7 @@ class _RowChecker:
                 return type_mismatch_message(name, value, first)
         return None
 
-    def _column_type(self, name: str, first: Any) -> ColumnType:
+    def _column_type(self, name: str, first: object) -> ColumnType:
         if name not in self.column_types:
             self.column_types[name] = ColumnType()
             self.column_types[name].add(first)

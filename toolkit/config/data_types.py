@@ -29,12 +29,12 @@ _TYPE_NAMES = {
 }
 
 
-def type_name(value: Any) -> str:
+def type_name(value: object) -> str:
     """Return the name of the type of a JSON value, for messages."""
     return "null" if value is None else _TYPE_NAMES.get(type(value), "a number")
 
 
-def type_mismatch_message(name: str, value: Any, first: Any) -> str:
+def type_mismatch_message(name: str, value: object, first: object) -> str:
     """Return the message for a column with values of different types. ``name`` is the name of the
     column, ``value`` is the wrong value, and ``first`` is an earlier value of the column.
     """

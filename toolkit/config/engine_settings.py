@@ -65,7 +65,7 @@ class Option(NamedTuple):
     is_sized: bool = False
 
 
-def _option(default: Any, kind: Kind, **properties: Any) -> Any:
+def _option(default: object, kind: Kind, **properties: Any) -> Any:
     return field(default=default, metadata={"option": Option(kind, **properties)})
 
 
@@ -283,7 +283,7 @@ def schema_properties() -> dict[str, dict[str, Any]]:
     return {name: _schema(name, option, defaults[name]) for name, option in OPTIONS.items()}
 
 
-def _schema(name: str, option: Option, default: Any) -> dict[str, Any]:
+def _schema(name: str, option: Option, default: object) -> dict[str, Any]:
     title = name.replace("_", " ").capitalize().replace("Kv ", "KV ")
     facts = {"x-rule": option.rule, "x-unit": option.unit}
     return {

@@ -55,7 +55,7 @@ def removal_fix(root: Node, old_path: KeyPath) -> Fix:
     return Fix("remove the key", (edit,), _printed_change(node, old_path, "(removed)"))
 
 
-def move_fix(root: Node, old_path: KeyPath, new_key: str, value: Any) -> Fix:
+def move_fix(root: Node, old_path: KeyPath, new_key: str, value: object) -> Fix:
     """Return the fix that replaces the key at the path ``old_path`` by the dotted key ``new_key``
     with ``value``.
 
@@ -103,7 +103,7 @@ def _printed_change(node: Node, old_path: KeyPath, new_text: str) -> tuple[str, 
     return f"{dotted(old_path)}: {value_text}", new_text
 
 
-def _rename_edits(node: Node, new_path: KeyPath, value: Any) -> tuple[Edit, ...]:
+def _rename_edits(node: Node, new_path: KeyPath, value: object) -> tuple[Edit, ...]:
     """Return the edits that rename the key of ``node`` to the last part of ``new_path``, and that
     change its value to ``value``. Return no edits if the key comes from a ``--set`` override.
     """
@@ -147,7 +147,7 @@ def _flow_removal_edit(node: Node) -> Edit | None:
     return None
 
 
-def _insertion_edits(root: Node, node: Node, new_path: KeyPath, value: Any) -> tuple[Edit, ...]:
+def _insertion_edits(root: Node, node: Node, new_path: KeyPath, value: object) -> tuple[Edit, ...]:
     """Return the edits that insert the key ``new_path`` into its section, and that create the
     section if it does not exist. Return no edits if this is not possible.
     """

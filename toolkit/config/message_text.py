@@ -13,7 +13,7 @@ _TYPE_NAMES = {
 _MAX_LENGTH = 60
 
 
-def show_value(value: Any) -> str:
+def show_value(value: object) -> str:
     """Return a value as a short text for messages. Only the first items of a list are shown, and a
     mapping is shown as "a mapping".
     """
@@ -26,7 +26,7 @@ def show_value(value: Any) -> str:
     return text if len(text) <= _MAX_LENGTH else text[: _MAX_LENGTH - 3] + "..."
 
 
-def type_name(value: Any) -> str:
+def type_name(value: object) -> str:
     """Return the name of the type of ``value``, such as ``text``, ``a list`` or ``an integer``."""
     if isinstance(value, bool):
         return "a boolean"
@@ -57,7 +57,7 @@ def describe_schema(schema: dict[str, Any]) -> str:
     return " or ".join(names)
 
 
-def spell_value(value: Any, file_format: str) -> str:
+def spell_value(value: object, file_format: str) -> str:
     """Return ``value`` (a scalar) as a file spells it. ``file_format`` is the format of the file:
     "yaml", "json" or "toml".
     """

@@ -208,5 +208,5 @@ def convert_key(old_key: str, value: Any) -> tuple[str | None, Any] | None:
     return (conversion.new_key, conversion.values[value]) if is_convertible else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

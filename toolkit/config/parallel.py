@@ -39,7 +39,7 @@ VOCABULARY_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this number before it splits it (0.25.1 to 0.31.0)."""
 
 
-def parallel_size(value: Any) -> int:
+def parallel_size(value: object) -> int:
     """Return ``value``, a tensor_parallel_size, as a number. "auto" counts as 1 until it is
     resolved.
     """

@@ -61,28 +61,28 @@ class Problem:
     """The keyword of the same engine that the user probably meant."""
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _as_items(value: Any) -> Iterable[Any] | None:
+def _as_items(value: object) -> Iterable[Any] | None:
     return value if isinstance(value, (list, tuple)) else None
 
 
-def _all(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+def _all(value: object, is_valid: Callable[[Any], bool]) -> bool:
     items = _as_items(value)
     return items is not None and all(is_valid(item) for item in items)
 
 
-def _is_set(value: Any) -> bool:
+def _is_set(value: object) -> bool:
     return value is not None
 
 
-def _is_flag(value: Any) -> bool:
+def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
@@ -90,19 +90,19 @@ def _is_token(value: Any) -> bool:
     return _is_integer(value) and value >= 0
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: object) -> bool:
     return isinstance(value, str) or _all(value, lambda one: isinstance(one, str))
 
 
-def _are_tokens(value: Any) -> bool:
+def _are_tokens(value: object) -> bool:
     return _all(value, _is_token)
 
 
-def _are_token_lists(value: Any) -> bool:
+def _are_token_lists(value: object) -> bool:
     return _all(value, _are_tokens)
 
 
-def _are_biases(value: Any) -> bool:
+def _are_biases(value: object) -> bool:
     if not hasattr(value, "items"):
         return False
     return all(str(token).isdecimal() and _is_number(bias) for token, bias in value.items())
@@ -307,7 +307,7 @@ _SYNONYMS = (
 
 
 def find_problem(
-    name: str, value: Any, engine: Engine, *, multi_turn: bool = False
+    name: str, value: object, engine: Engine, *, multi_turn: bool = False
 ) -> Problem | None:
     """Check one entry of ``generation_kwargs``: the sampling keyword ``name`` and its ``value``.
     ``engine`` is the engine of the training run. Return why the entry is refused; None if it is
@@ -368,7 +368,7 @@ def _unknown(name: str, engine: Engine) -> Problem:
     return Problem("unread", message, f"did you mean {nearest_name}?", nearest_name)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

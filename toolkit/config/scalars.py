@@ -58,7 +58,7 @@ TOO_LARGE_INT = 2**64  # stands for an integer that has too many digits to be co
 _SHOWN_DIGITS = 30
 
 
-def beyond_64_bits(value: Any) -> bool:
+def beyond_64_bits(value: object) -> bool:
     """Whether ``value`` is an integer that does not fit into 64 bits (signed)."""
     return type(value) is int and not -MAX_INT64 - 1 <= value <= MAX_INT64
 
@@ -174,7 +174,7 @@ def legacy_reading(text: str, core_value: Any) -> str | None:
     return description
 
 
-def plain_spelling(value: Any) -> str:
+def plain_spelling(value: object) -> str:
     """Return the text of a scalar in a form that YAML 1.1 and YAML 1.2 read in the same way."""
     if value is None:
         return "null"

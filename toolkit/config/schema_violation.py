@@ -55,7 +55,7 @@ class SchemaViolation(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def fits_type(value: Any, schema: dict[str, Any]) -> bool:
+def fits_type(value: object, schema: dict[str, Any]) -> bool:
     """Whether ``schema`` allows the type of ``value``. Bounds and other limits are not checked."""
     kinds = schema.get("type")
     if kinds is None:
@@ -64,7 +64,7 @@ def fits_type(value: Any, schema: dict[str, Any]) -> bool:
     return any(_is_of_type(value, kind) for kind in ((kinds,) if isinstance(kinds, str) else kinds))
 
 
-def _is_of_type(value: Any, kind: str) -> bool:
+def _is_of_type(value: object, kind: str) -> bool:
     if kind == "integer":
         return type(value) is int
     if kind == "number":
@@ -98,7 +98,7 @@ def value_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
     return None
 
 
-def _type_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation:
+def _type_fault(value: object, schema: dict[str, Any]) -> SchemaViolation:
     expected = describe_schema(schema)
     if value is None:
         return SchemaViolation("KEY006", f"null is not allowed here: the value must be {expected}")
@@ -125,7 +125,7 @@ def _type_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation:
     )
 
 
-def _enum_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
+def _enum_fault(value: object, schema: dict[str, Any]) -> SchemaViolation | None:
     legal_values = [schema["const"]] if "const" in schema else schema["enum"]
     if any(
         type(legal_value) is type(value) and legal_value == value for legal_value in legal_values

@@ -169,7 +169,7 @@ def _default_fix(schema: dict[str, Any], fault: SchemaViolation) -> tuple[Fix, .
     return ()
 
 
-def _matching_branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
+def _matching_branch(value: object, branches: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the branch of an ``anyOf`` with which ``value`` is checked. This is the first branch
     that accepts the value, else the first branch that allows the type of the value. If no branch
     allows its type, return a schema whose key ``x-either`` lists all branches.

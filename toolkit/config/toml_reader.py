@@ -117,7 +117,7 @@ class _NodeBuilder:
         self.source, self.document, self.positions = source, document, positions
         self.node_count = 0
 
-    def build_node(self, value: Any, path: KeyPath) -> Node:
+    def build_node(self, value: object, path: KeyPath) -> Node:
         self.node_count += 1
         if self.node_count > MAX_NODES:
             raise _LimitExceeded(f"the file has more than {MAX_NODES} values")
@@ -133,7 +133,7 @@ class _NodeBuilder:
             self.document.findings.append(error_finding("DOC006", message, self.source, position))
         return node
 
-    def build_value(self, value: Any, path: KeyPath) -> Any:
+    def build_value(self, value: object, path: KeyPath) -> Any:
         if isinstance(value, dict):
             return {key: self.build_node(child, (*path, key)) for key, child in value.items()}
         if isinstance(value, list):

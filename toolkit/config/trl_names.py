@@ -266,7 +266,7 @@ def packages_for_grpo(grpo: Mapping[str, Any]) -> Iterator[tuple[str, str, Packa
     )
 
 
-def _is_nonzero(value: Any) -> bool:
+def _is_nonzero(value: object) -> bool:
     return value is not None and value != 0
 
 

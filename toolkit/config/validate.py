@@ -154,7 +154,7 @@ def refusal_error(document: Document, findings: Sequence[Finding]) -> InputError
     return InputError(unreadable.message, where=unreadable.location, fix=fix)
 
 
-def check_instance(instance: Any, schema_name: str) -> list[str]:
+def check_instance(instance: object, schema_name: str) -> list[str]:
     """Check a JSON value with one of the project's schemas, and return the error messages of the
     jsonschema library. The list is empty if the value is valid.
     """

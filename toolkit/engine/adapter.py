@@ -29,6 +29,8 @@ from toolkit.engine.shards import gather_full_tensor
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from transformers import PreTrainedModel
+
 PEFT_PREFIX = "base_model.model."
 PLAIN_VARIANTS = ("NoneType", "MiCALinearVariant")
 """The class names of PEFT 0.21's LoRA variants that compute W + s B A. "NoneType" is plain LoRA.
@@ -90,7 +92,7 @@ NamedLayers = list[tuple[str, Any]]
 """The adapted layers of a PEFT model, with their paths in the model."""
 
 
-def find_lora_layers(peft_model: Any) -> NamedLayers:
+def find_lora_layers(peft_model: PreTrainedModel) -> NamedLayers:
     """Return the adapted layers of a PEFT model."""
     named_modules = peft_model.named_modules()
     return [(path, module) for path, module in named_modules if isinstance(module, LoraLayer)]
@@ -104,7 +106,7 @@ class LoraLayerCache:
     def __init__(self) -> None:
         self._entries: dict[str, tuple[Any, Any, NamedLayers]] = {}
 
-    def layers_of(self, peft_model: Any, name: str) -> NamedLayers:
+    def layers_of(self, peft_model: PreTrainedModel, name: str) -> NamedLayers:
         """Return the adapted layers of ``peft_model``. They are searched again if the model or the
         config of adapter ``name`` is another object than before.
         """
@@ -120,7 +122,7 @@ class LoraLayerCache:
 
 
 def read_lora_pairs(
-    peft_model: Any, name: str, layers: NamedLayers | None = None
+    peft_model: PreTrainedModel, name: str, layers: NamedLayers | None = None
 ) -> list[LoraPair]:
     """Return a ``LoraPair`` (the LoRA matrices A and B) for each layer that adapter ``name`` of a
     PEFT model adapts. ``layers`` are the adapted layers of the model if they are known.
@@ -196,7 +198,7 @@ class AdapterSlots:
         self._layer_cache = LoraLayerCache()
         self.adapter_ids: dict[str, int] = {}
 
-    def publish(self, peft_model: Any, name: str) -> None:
+    def publish(self, peft_model: PreTrainedModel, name: str) -> None:
         """Copy the current values of adapter ``name`` into its slot.
 
         Raises:

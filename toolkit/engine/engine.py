@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
+    from transformers import PreTrainedModel
     from vllm import LLM
 
     from toolkit.config.sampling_keywords import Engine as SamplerName
@@ -103,7 +104,7 @@ class Engine:
         """True after ``close``."""
         return self._llm is None
 
-    def publish(self, peft_model: Any, name: str = "default") -> None:
+    def publish(self, peft_model: PreTrainedModel, name: str = "default") -> None:
         """Copy the current values of adapter ``name`` of a PEFT model to the engine. Cached
         prefixes that were computed with earlier values of the adapter are dropped.
 

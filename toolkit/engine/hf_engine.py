@@ -25,6 +25,8 @@ from toolkit.engine.rollout_request import Rollout, check_prompts, request_seed
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from toolkit.config.sampling_keywords import Engine as SamplerName
     from toolkit.engine.rollout_request import Sampling
 
@@ -44,19 +46,19 @@ class TransformersEngine:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         *,
         pad_id: int,
         end_ids: Collection[int],
         max_model_len: int | None = None,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.model = model
         self._pad_id, self._end_ids, self._tokenizer = pad_id, sorted(end_ids), tokenizer
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_model_len = max_model_len or longest or 2**31
 
-    def publish(self, peft_model: Any, name: str = "default") -> None:
+    def publish(self, peft_model: PreTrainedModel, name: str = "default") -> None:
         """Check that ``peft_model`` is the model that this engine samples from. No values are
         copied, because the trained model itself generates.
 

@@ -29,7 +29,7 @@ from toolkit.config.sampling_keywords import KEYWORDS, Effect
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS_PER_DRAW = 32
 """The number of tokens whose random numbers are drawn at once. They are then copied to the GPU in
@@ -82,7 +82,7 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers ships n
 
     def decode(
         self,
-        model: Any,
+        model: PreTrainedModel,
         input_ids: torch.Tensor,
         logits_processor: Any,
         stopping_criteria: Any,
@@ -144,7 +144,7 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]  # as above
         ConfigValueError: transformers does not support these stop strings or this tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, stop: str | Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str | Sequence[str]) -> None:
         strings = [stop] if isinstance(stop, str) else list(stop)
         try:
             self._criterion = StopStringCriteria(tokenizer, strings)
@@ -184,7 +184,7 @@ def supports_row_seeds(config: GenerationConfig) -> bool:
 
 
 def generate_with_row_seeds(
-    model: Any, inputs: dict[str, Any], config: GenerationConfig, seeds: Sequence[int]
+    model: PreTrainedModel, inputs: dict[str, Any], config: GenerationConfig, seeds: Sequence[int]
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """Call ``model.generate`` with one seed per row of the output.
 
@@ -202,7 +202,7 @@ def generate_with_row_seeds(
 
 
 def sample_completions(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     seeds: Sequence[int],
@@ -267,7 +267,7 @@ def truncate_completions(
 
 
 @contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Set ``model`` to evaluation mode within the block. Evaluation mode has no dropout and no
     gradient checkpointing. Gradient checkpointing would disable the KV cache.
     """
@@ -281,7 +281,7 @@ def _evaluation_mode(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _without_checkpoint_defaults(model: Any) -> Iterator[None]:
+def _without_checkpoint_defaults(model: PreTrainedModel) -> Iterator[None]:
     """Ignore the checkpoint's generation config within the block.
 
     If the user did not set an option, transformers takes its value from that config. So, for

@@ -30,6 +30,7 @@ from toolkit.base.process_environment import rank, world_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch.distributed import ProcessGroup
     from torch.distributed.distributed_c10d import Store
 
 
@@ -57,7 +58,7 @@ class Mesh:
         """Whether this process is the first of its group."""
         return self.rank == 0
 
-    def broadcast_from_first(self, value: Any) -> Any:
+    def broadcast_from_first(self, value: object) -> Any:
         """Return the ``value`` that the first process of the group passed. Every process of the
         group must call this method.
         """
@@ -73,7 +74,7 @@ class Mesh:
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=self.world_group)
         return int(largest)
 
-    def broadcast_over_run(self, value: Any) -> Any:
+    def broadcast_over_run(self, value: object) -> Any:
         """Return the ``value`` that the first process of the run passed. Every process of the run
         must call this method.
         """
@@ -155,7 +156,7 @@ def open_mesh(size: int) -> Mesh | None:
     return create_mesh(size, model_group.device_group, model_group.cpu_group)
 
 
-def create_mesh(size: int, group: Any, host_group: Any) -> Mesh:
+def create_mesh(size: int, group: ProcessGroup | None, host_group: Any) -> Mesh:
     """Create and open the mesh in which the ``size`` processes of ``group`` share a model. Every
     process of the run must call this function.
 
@@ -218,7 +219,7 @@ def join_default_group(timeout_s: float | None = None, store: Store | None = Non
     )
 
 
-def gather_from_all(value: Any) -> list[Any]:
+def gather_from_all(value: object) -> list[Any]:
     """Return the ``value`` of each process of the run, by rank. Every process must call this
     function. The function creates the default group if it does not exist.
 

@@ -6,10 +6,12 @@ This module imports neither torch nor vLLM.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
 
     from toolkit.config.sampling_keywords import Engine as SamplerName
     from toolkit.engine.rollout_request import Rollout, Sampling
@@ -26,7 +28,7 @@ class RolloutEngine(Protocol):
     the order of the sampling steps.
     """
 
-    def publish(self, peft_model: Any, name: str = "default") -> None:
+    def publish(self, peft_model: PreTrainedModel, name: str = "default") -> None:
         """Copy the current values of adapter ``name`` of ``peft_model`` to the engine. Later calls
         of ``generate`` sample with these values.
         """

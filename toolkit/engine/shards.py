@@ -62,7 +62,7 @@ def shard_of(parameter: Any) -> Shard | None:
 
 
 @torch.no_grad()
-def gather_full_tensor(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
+def gather_full_tensor(tensor: torch.Tensor, like: object = None) -> torch.Tensor:
     """Join the parts that the processes have, and return the whole tensor. ``tensor`` is this
     process's part. Every process of the group must call this function.
 
@@ -81,7 +81,7 @@ def gather_full_tensor(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
     return torch.cat(mesh.all_gather(tensor.detach()), dim=shard.dim)
 
 
-def local_shard(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor, like: object) -> torch.Tensor:
     """Return this process's part of the whole ``tensor``, split like the parameter ``like``."""
     shard, mesh = shard_of(like), current_mesh()
     if shard is None:

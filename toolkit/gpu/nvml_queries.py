@@ -251,5 +251,5 @@ SLICE_QUERIES: tuple[tuple[str, Query], ...] = (
 )
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)

@@ -66,7 +66,7 @@ def failed(reason: str, code: int | None = None) -> Reading[Any]:
 NOT_QUERIED: Reading[Any] = failed("not asked")
 
 
-def reading_from_json(answer: Any) -> Reading[Any]:
+def reading_from_json(answer: object) -> Reading[Any]:
     """Return the Reading that ``Reading.to_json`` converted to ``answer``. Raises ValueError if
     ``answer`` is not a Reading.
     """

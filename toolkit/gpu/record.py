@@ -77,7 +77,7 @@ def _secret_names() -> dict[str, str]:
     }
 
 
-def redact(data: Any, names: dict[str, str]) -> Any:
+def redact(data: object, names: dict[str, str]) -> Any:
     """Return a copy of ``data`` without secrets. ``names`` maps each secret name to its
     replacement, which is used in all texts. UUIDs are replaced by invented UUIDs, pids by small
     numbers, and the names of processes by None.
@@ -85,7 +85,7 @@ def redact(data: Any, names: dict[str, str]) -> Any:
     pids: dict[int, int] = {}
     salt = os.urandom(16)
 
-    def walk(value: Any, key: str = "") -> Any:
+    def walk(value: object, key: str = "") -> Any:
         if isinstance(value, dict):
             return {name: walk(part, name) for name, part in value.items()}
         if isinstance(value, list):
@@ -100,7 +100,7 @@ def redact(data: Any, names: dict[str, str]) -> Any:
     return walk(without_names)
 
 
-def _drop_process_names(value: Any) -> Any:
+def _drop_process_names(value: object) -> Any:
     if isinstance(value, list):
         return [_drop_process_names(part) for part in value]
     if not isinstance(value, dict):
@@ -138,7 +138,7 @@ def _invented_uuid(uuid: str, salt: bytes) -> str:
     return "".join(shifted)
 
 
-def parse_recording(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
+def parse_recording(data: object) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
     """Return the node, the requirements of the job and the verdicts from ``data``, a recording that
     ``make_recording`` created.
 

@@ -52,7 +52,7 @@ def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
     return {"index": gpu.index, **readings, "slices": [gpu_to_json(part) for part in gpu.slices]}
 
 
-def readings_from_json(kind: type[Any], data: Any) -> dict[str, Reading[Any]]:
+def readings_from_json(kind: type[Any], data: object) -> dict[str, Reading[Any]]:
     """Return {field: Reading} for the fields of the class ``kind`` that ``data`` contains.
 
     Raises ValueError if ``data`` is not an object of Readings.
@@ -76,7 +76,7 @@ def gpu_from_json(data: Any, parent: int | None = None, index: int = 0) -> GpuSn
     return GpuSnapshot(index=number, parent=parent, slices=slices, **readings)
 
 
-def node_from_json(data: Any) -> NodeSnapshot:
+def node_from_json(data: object) -> NodeSnapshot:
     """Return the snapshot that ``node_to_json`` converted to ``data``.
 
     Raises ValueError if ``data`` is not a recorded node, or is in another version of the format.

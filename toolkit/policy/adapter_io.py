@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
+    from transformers import PreTrainedModel
 
 
 def read_tensors(file: Path, *, limit: int = MAX_ADAPTER_BYTES) -> dict[str, torch.Tensor]:
@@ -53,7 +54,9 @@ model. It is written next to PEFT's files.
 """
 
 
-def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "default") -> Path:
+def save_lora(
+    model: PreTrainedModel, folder: str | os.PathLike[str], *, name: str = "default"
+) -> Path:
     """Write the adapter ``name`` of ``model`` to ``folder`` and return the folder. The same adapter
     gives the same bytes.
 
@@ -154,7 +157,7 @@ def _sort_config_lists(path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def base_model_name(model: Any) -> str | None:
+def base_model_name(model: PreTrainedModel) -> str | None:
     """Return the name or folder that the base model was loaded from, or None if it is unknown."""
     name = getattr(model, "name_or_path", None)
     return str(name) if name else None

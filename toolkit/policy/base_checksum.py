@@ -9,7 +9,7 @@ changes, every checksum stays the same.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,6 +17,8 @@ from toolkit.policy.fingerprint import ADAPTER_NAME_PARTS, unwrapped_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from transformers import PreTrainedModel
 
 PEFT_PREFIX = "base_model.model."
 CHUNK_BYTES = 1 << 24
@@ -40,7 +42,7 @@ class Checksum(NamedTuple):
     value: int
 
 
-def base_checksums(model: Any) -> dict[str, Checksum]:
+def base_checksums(model: PreTrainedModel) -> dict[str, Checksum]:
     """Return the checksum of every frozen tensor of the base model. The keys are the parameter
     names without the parts that PEFT's wrappers add.
     """

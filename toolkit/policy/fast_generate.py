@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
+    from transformers import PreTrainedModel
+
 CURRENT_ADAPTER: Any = "policy"
 """The default of ``lora_request``: sample from the model with its current adapter."""
 
@@ -46,7 +48,7 @@ class LoraRequest:
     adapter: Adapter
 
 
-def load_lora(model: Any, folder: str | os.PathLike[str]) -> LoraRequest:
+def load_lora(model: PreTrainedModel, folder: str | os.PathLike[str]) -> LoraRequest:
     """Load the adapter saved in ``folder``, and return it as a request for ``fast_generate``. The
     model is not changed.
 
@@ -60,7 +62,7 @@ def load_lora(model: Any, folder: str | os.PathLike[str]) -> LoraRequest:
 
 
 def fast_generate(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Any = None,
     sampling_params: Any = None,
     lora_request: Any = CURRENT_ADAPTER,
@@ -107,7 +109,7 @@ def fast_generate(
     return to_prompt_outputs(tokenizer, texts, rollout, sampling, end_ids(tokenizer, model))
 
 
-def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Call transformers' own ``generate`` of ``model``, in evaluation mode.
 
     After ``trainer.train()`` a model is in training mode. In this mode dropout is on, and gradient
@@ -118,7 +120,7 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
@@ -127,7 +129,7 @@ def _evaluation_mode(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _transformers_engine(sampled_model: Any, model: Any) -> TransformersEngine:
+def _transformers_engine(sampled_model: Any, model: PreTrainedModel) -> TransformersEngine:
     tokenizer = model.toolkit_tokenizer
     return TransformersEngine(
         sampled_model,
@@ -139,7 +141,11 @@ def _transformers_engine(sampled_model: Any, model: Any) -> TransformersEngine:
 
 
 def _vllm_generate(
-    model: Any, adapter: str | None, prompts: Any, sampling_params: Any, kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    adapter: str | None,
+    prompts: Any,
+    sampling_params: Any,
+    kwargs: dict[str, Any],
 ) -> Any:
     """Call vLLM's own generate with vLLM's SamplingParams, and return vLLM's RequestOutputs."""
     refuse_with_sampling_params(kwargs)
@@ -174,7 +180,7 @@ def _transformers_generate(
 
 
 @contextmanager
-def _select_adapter(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
+def _select_adapter(model: PreTrainedModel, request: Any) -> Iterator[tuple[Any, str | None]]:
     """Yield the model to sample from and the name of its adapter. The name is None for the base
     model. If the model has an engine, the adapter is copied to the engine first.
 
@@ -201,7 +207,7 @@ def _select_adapter(model: Any, request: Any) -> Iterator[tuple[Any, str | None]
 
 
 @contextmanager
-def _temporary_adapter(model: Any, adapter: Adapter) -> Iterator[Any]:
+def _temporary_adapter(model: PreTrainedModel, adapter: Adapter) -> Iterator[Any]:
     """Add ``adapter`` to ``model``, activate it, and yield the PEFT model. After the ``with`` block
     the previous state of the model is restored.
     """

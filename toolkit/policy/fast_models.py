@@ -15,6 +15,8 @@ from toolkit.policy.lora_settings import WHERE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import PreTrainedModel
+
 ATTENTION, MLP = DEFAULT_TARGETS[:4], DEFAULT_TARGETS[4:]
 
 
@@ -25,7 +27,7 @@ class FastModel(FastLanguageModel):
 
     @staticmethod
     def get_peft_model(
-        model: Any,
+        model: PreTrainedModel,
         *args: Any,
         target_modules: Sequence[str] | str | None = None,
         finetune_vision_layers: bool = False,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from transformers import PreTrainedModel
+
 ADAPTER_NAME_PARTS = ("lora_", ".modules_to_save.", "trainable_tokens")
 WRAPPER_NAME_PARTS = (".base_layer.", ".original_module.", ".token_adapter.")
 """Parts of PEFT's parameter names. Those in ``ADAPTER_NAME_PARTS`` occur in the names of adapter
@@ -52,14 +54,14 @@ class BaseDigests:
     weights: str | None
 
 
-def store_base_digests(model: Any, folder: Path) -> None:
+def store_base_digests(model: PreTrainedModel, folder: Path) -> None:
     """Compute the digests of ``model``, and store them in an attribute of ``model``. ``folder`` is
     the checkpoint that the model was loaded from.
     """
     setattr(model, DIGESTS_ATTRIBUTE, BaseDigests(checkpoint_digest(folder), weights_digest(model)))
 
 
-def current_base_digests(model: Any) -> BaseDigests:
+def current_base_digests(model: PreTrainedModel) -> BaseDigests:
     """Return the current digests of ``model``.
 
     The digest of the files is None if the weights have changed since they were loaded, for example
@@ -73,7 +75,7 @@ def current_base_digests(model: Any) -> BaseDigests:
     )
 
 
-def is_recorded_base(recorded: Mapping[str, Any], model: Any) -> bool | None:
+def is_recorded_base(recorded: Mapping[str, Any], model: PreTrainedModel) -> bool | None:
     """Return whether ``model`` is the base model that ``recorded`` (the contents of a base.json)
     describes. Returns None if no digest can be compared.
     """
@@ -101,7 +103,7 @@ def unwrapped_name(name: str) -> str:
     return name
 
 
-def weights_digest(model: Any, *, tied_twice: bool = False) -> str | None:
+def weights_digest(model: PreTrainedModel, *, tied_twice: bool = False) -> str | None:
     """Return a digest of the names, shapes and a few values of all frozen weights.
 
     The values are rounded to bfloat16, so that a bfloat16 checkpoint has the same digest in every
@@ -191,5 +193,5 @@ def _sample_values(stored: Any, shape: tuple[int, ...]) -> list[Any]:
     return values
 
 
-def _base_model(model: Any) -> Any:
+def _base_model(model: PreTrainedModel) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -17,6 +17,8 @@ from toolkit.policy.load_arguments import did_you_mean_text
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from transformers import PreTrainedTokenizerBase
+
     from toolkit.engine.rollout_request import Rollout
 
 WHERE = "fast_generate"
@@ -180,7 +182,9 @@ def _refuse_argument(name: str, *, engine: bool) -> None:
     raise ConfigTypeError(f"unknown argument {name!r}{hint}", where=WHERE)
 
 
-def read_prompts(tokenizer: Any, prompts: Any) -> tuple[list[str | None], list[list[int]]]:
+def read_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Any
+) -> tuple[list[str | None], list[list[int]]]:
     """Return the texts and the token ids of one prompt or of a list of prompts. The text of a
     prompt is None if the prompt was passed as token ids.
 
@@ -214,14 +218,14 @@ def read_prompts(tokenizer: Any, prompts: Any) -> tuple[list[str | None], list[l
     return texts, ids
 
 
-def _is_ids(value: Any) -> bool:
+def _is_ids(value: object) -> bool:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         return False
     return all(isinstance(token, int) and not isinstance(token, bool) for token in value)
 
 
 def to_prompt_outputs(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str | None],
     rollout: Rollout,
     sampling: Sampling,
@@ -241,7 +245,7 @@ def to_prompt_outputs(
 
 
 def _completion(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     rollout: Rollout,
     row: int,
     index: int,

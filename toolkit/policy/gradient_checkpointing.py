@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from toolkit.base.errors import UnsupportedError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
 REFERENCE_SEQUENCES = 8
 """The number of sequences in a micro-batch that "auto" assumes."""
 
 
-def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | None) -> bool | str:
+def apply_checkpointing(
+    model: PreTrainedModel, mode: bool | str, *, max_seq_length: int | None
+) -> bool | str:
     """Set the gradient checkpointing of ``model`` (a transformers or PEFT model) to ``mode``.
     Returns the mode. If ``mode`` is "auto", this is the mode that was chosen.
 
@@ -49,7 +55,7 @@ def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | N
     return mode
 
 
-def pause_checkpointing(model: Any) -> None:
+def pause_checkpointing(model: PreTrainedModel) -> None:
     """Switch gradient checkpointing off for inference. The model keeps a record of its mode, so
     that ``resume_checkpointing`` can switch it on again.
     """
@@ -57,7 +63,7 @@ def pause_checkpointing(model: Any) -> None:
     base.gradient_checkpointing_disable()
 
 
-def resume_checkpointing(model: Any) -> None:
+def resume_checkpointing(model: PreTrainedModel) -> None:
     """Switch gradient checkpointing back to the mode that ``apply_checkpointing`` set. If
     ``apply_checkpointing`` was never called, checkpointing stays off.
     """

@@ -31,6 +31,8 @@ from toolkit.policy.machine_facts import detect_machine
 from toolkit.policy.max_positions import set_positions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from toolkit.policy.load_request import LoadRequest
     from toolkit.policy.model_files import Checkpoint
 
@@ -231,7 +233,7 @@ def _check_complete(loading_info: dict[str, Any], name: str) -> None:
             )
 
 
-def _resize_vocabulary(model: Any, size: int, seed: int) -> None:
+def _resize_vocabulary(model: PreTrainedModel, size: int, seed: int) -> None:
     """Resize embeddings and head to ``size`` rows. The values of new rows depend only on
     ``seed``.
     """

@@ -35,6 +35,8 @@ from toolkit.policy.saved_adapter import check_start_settings, read_adapter
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from toolkit.config.run_config import RunConfig
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -120,7 +122,7 @@ class FastLanguageModel:
 
     @staticmethod
     def get_peft_model(  # noqa: PLR0913 - the drop-in signature
-        model: Any,
+        model: PreTrainedModel,
         r: int = 16,
         target_modules: Sequence[str] | str = DEFAULT_TARGETS,
         lora_alpha: float = 16,
@@ -186,7 +188,7 @@ class FastLanguageModel:
         return add_new_adapter(model, settings, use_gradient_checkpointing)
 
     @staticmethod
-    def for_training(model: Any, use_gradient_checkpointing: bool | None = None) -> Any:
+    def for_training(model: PreTrainedModel, use_gradient_checkpointing: bool | None = None) -> Any:
         """Set ``model`` to training mode and return it. Gradient checkpointing is switched back to
         the mode that was set for this model (``apply_checkpointing``). If
         ``use_gradient_checkpointing`` is False, checkpointing is switched off.
@@ -199,7 +201,7 @@ class FastLanguageModel:
         return model
 
     @staticmethod
-    def for_inference(model: Any) -> Any:
+    def for_inference(model: PreTrainedModel) -> Any:
         """Set ``model`` to evaluation mode and return it. Gradient checkpointing is switched off,
         because it would disable the KV cache.
         """
@@ -208,7 +210,9 @@ class FastLanguageModel:
         return model
 
 
-def add_new_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -> Any:
+def add_new_adapter(
+    model: PreTrainedModel, settings: LoraSettings, checkpointing: bool | str
+) -> Any:
     """Add a new adapter and the toolkit's methods to ``model``, set the model to training mode, and
     return the PEFT model.
     """
@@ -220,7 +224,9 @@ def add_new_adapter(model: Any, settings: LoraSettings, checkpointing: bool | st
     return peft_model
 
 
-def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
+def load_policy(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[Any, Any]:
     """Load the model, its adapter and the tokenizer for a resolved run file. Returns (model,
     tokenizer).
 
@@ -240,7 +246,9 @@ def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
     return add_new_adapter(model, settings, config.lora.use_gradient_checkpointing), tokenizer
 
 
-def load_with_start_adapter(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
+def load_with_start_adapter(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[Any, Any]:
     """Load the model with the adapter in ``lora.adapter_path``, so that this adapter can be trained
     further. If the model has an engine, the adapter is copied to the engine. Returns (model,
     tokenizer).
@@ -269,7 +277,7 @@ def load_policy_tokenizer(config: RunConfig) -> Any:
     return read_tokenizer(make_load_request(config))
 
 
-def _check_max_seq_length(model: Any, max_seq_length: int) -> None:
+def _check_max_seq_length(model: PreTrainedModel, max_seq_length: int) -> None:
     """Raise an error if ``max_seq_length`` is neither the length that the model was loaded with nor
     the default value. The length cannot change after the model is loaded.
     """
@@ -289,5 +297,5 @@ def _checked_model_name(name: Any) -> str:
     return str(name)
 
 
-def _as_tuple(value: Any) -> Any:
+def _as_tuple(value: object) -> Any:
     return tuple(value) if isinstance(value, (list, tuple, set)) else value

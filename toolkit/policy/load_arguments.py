@@ -74,7 +74,7 @@ def refuse_unknown(names: Iterable[str], known_names: Iterable[str], where: str)
             )
 
 
-def check_checkpointing(value: Any, where: str) -> None:
+def check_checkpointing(value: object, where: str) -> None:
     """Raise an error if ``value``, the argument ``use_gradient_checkpointing``, is not True, False,
     "unsloth" or "auto".
     """

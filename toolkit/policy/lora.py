@@ -51,6 +51,8 @@ from toolkit.policy.model_files import ADAPTER_CONFIG
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from transformers import PreTrainedModel
+
 NON_PEFT_FIELDS = ("random_state",)
 REFERENCE_ADAPTER = "ref"
 """TRL's name for the frozen copy of the adapter that a run starts from."""
@@ -76,7 +78,7 @@ COMPARED_FIELDS = (
 """The fields that define an adapter, in the order in which differences are reported."""
 
 
-def add_lora(model: Any, settings: LoraSettings) -> Any:
+def add_lora(model: PreTrainedModel, settings: LoraSettings) -> Any:
     """Add a new adapter to ``model`` (a transformers model). Returns a
     ``peft.PeftModelForCausalLM``.
 
@@ -127,12 +129,12 @@ def _to_list_or_dict(value: Any) -> Any:
     return dict(value) if hasattr(value, "items") else value
 
 
-def is_peft(model: Any) -> bool:
+def is_peft(model: PreTrainedModel) -> bool:
     """Return True if ``model`` is a PEFT model (a model with an adapter)."""
     return isinstance(model, PeftModel)
 
 
-def reuse_adapter(model: Any, settings: LoraSettings) -> Any:
+def reuse_adapter(model: PreTrainedModel, settings: LoraSettings) -> Any:
     """Return ``model`` unchanged, with a warning, if its adapter already has these ``settings``.
 
     Raises:
@@ -182,7 +184,7 @@ def _comparable_value(config: Any, name: str) -> Any:
     return value or None if isinstance(value, dict) else value
 
 
-def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor]:
+def adapter_tensors(model: PreTrainedModel, name: str = "default") -> dict[str, torch.Tensor]:
     """Return the adapter's tensors, by their names in the adapter's file.
 
     The tensors are those of the model, not copies. If several processes share a model, each of them
@@ -196,7 +198,7 @@ def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor
     return {key: gather_full_tensor(tensor, parameters.get(key)) for key, tensor in tensors.items()}
 
 
-def _adapter_parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
+def _adapter_parameters(model: PreTrainedModel, name: str) -> dict[str, torch.Tensor]:
     """Return the parameters of an adapter under the names that they have in the adapter's file."""
     named_parameters = (
         (key.replace(f".{name}.", "."), value) for key, value in model.named_parameters()
@@ -205,7 +207,7 @@ def _adapter_parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def set_adapter_tensors(
-    model: Any, tensors: Mapping[str, torch.Tensor], name: str = "default"
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], name: str = "default"
 ) -> None:
     """Copy ``tensors`` into the adapter ``name``. The caller must have checked that ``tensors`` has
     the names and shapes that ``adapter_tensors`` returns.
@@ -218,7 +220,7 @@ def set_adapter_tensors(
 
 
 @torch.no_grad()
-def merge_into_base(model: Any, name: str = "default") -> Any:
+def merge_into_base(model: PreTrainedModel, name: str = "default") -> Any:
     """Merge the adapter ``name`` into the base model's weights. Returns the base model.
 
     The merged weight W + s B A is computed in float32 and rounded once. PEFT's own merge rounds the
@@ -244,7 +246,9 @@ def _is_plain_lora(layer: Any, name: str) -> bool:
     return layer.lora_variant.get(name) is None and layer.lora_B[name].bias is None
 
 
-def refuse_unsupported_adapter(model: Any, config: Any, engine: Any, where: str) -> None:
+def refuse_unsupported_adapter(
+    model: PreTrainedModel, config: Any, engine: Any, where: str
+) -> None:
     """Raise an error if the engine of ``model`` cannot sample from an adapter with ``config``, or
     if such an adapter would change the shared weights. ``config`` is any ``peft.PeftConfig``.
 
@@ -316,7 +320,7 @@ def settings_from_peft(config: Any) -> LoraSettings:
     return LoraSettings(**present)
 
 
-def add_adapter_from_config(model: Any, config: Any, name: str = "default") -> Any:
+def add_adapter_from_config(model: PreTrainedModel, config: Any, name: str = "default") -> Any:
     """Add an adapter with the name ``name`` to ``model``. ``config`` is the ``peft.LoraConfig`` of
     the adapter. The caller sets the adapter's values later.
 
@@ -346,7 +350,7 @@ def add_adapter_from_config(model: Any, config: Any, name: str = "default") -> A
 
 
 @contextmanager
-def keep_adapter_float32(model: Any) -> Iterator[None]:
+def keep_adapter_float32(model: PreTrainedModel) -> Iterator[None]:
     """Keep the adapter of ``model`` in float32. If code in the ``with`` block converts the adapter
     to another dtype, the float32 values are restored after the block.
 
@@ -367,7 +371,7 @@ def keep_adapter_float32(model: Any) -> Iterator[None]:
         _copy_to_reference_adapter(model)
 
 
-def _copy_to_reference_adapter(model: Any) -> None:
+def _copy_to_reference_adapter(model: PreTrainedModel) -> None:
     """Restore the float32 values also in TRL's copy of the adapter.
 
     If beta is above 0, TRL 1.16 copies the adapter at the start of training, under the name
@@ -385,7 +389,7 @@ def _copy_to_reference_adapter(model: Any) -> None:
             parameter.data = trained.data.clone()
 
 
-def cast_adapter_to_float32(model: Any) -> None:
+def cast_adapter_to_float32(model: PreTrainedModel) -> None:
     """Convert every trainable LoRA tensor of ``model`` from half precision to float32."""
     for name, parameter in model.named_parameters():
         is_half_precision = parameter.dtype in (torch.bfloat16, torch.float16)

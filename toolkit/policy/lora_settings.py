@@ -29,6 +29,8 @@ from toolkit.policy.load_arguments import did_you_mean_text
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from transformers import PreTrainedModel
+
     from toolkit.config.run_config import LoraSection
 
 WHERE = "get_peft_model"
@@ -333,14 +335,14 @@ def _as_list(names: Iterable[str] | None) -> list[str]:
     return list(names or ())
 
 
-def default_targets_of(model: Any) -> tuple[str, ...]:
+def default_targets_of(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the layers that get an adapter if the user names no layers
     (``config.lora_targets.default_targets``).
     """
     return default_targets(model.config.to_dict())
 
 
-def default_targets_with_warning(model: Any) -> tuple[str, ...]:
+def default_targets_with_warning(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the result of ``default_targets_of``. If the model is a mixture of experts, warn that
     the default has fewer layers than Unsloth's default (seven projections).
     """
@@ -355,7 +357,7 @@ def default_targets_with_warning(model: Any) -> tuple[str, ...]:
     return targets
 
 
-def targeted_experts(settings: LoraSettings, model: Any) -> frozenset[str]:
+def targeted_experts(settings: LoraSettings, model: PreTrainedModel) -> frozenset[str]:
     """Return the entries of ``settings.target_modules`` that PEFT applies to the experts of this
     model (a mixture of experts).
     """

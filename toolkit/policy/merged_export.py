@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from toolkit.policy.load_request import LoadRequest
     from toolkit.policy.model_files import Checkpoint
     from toolkit.policy.saved_adapter import Adapter
@@ -82,7 +84,7 @@ def merge_adapter(
     return target
 
 
-def write_model(model: Any, tokenizer: Any, target: Path) -> Path:
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> Path:
     """Write a model that was trained with full fine-tuning, and its tokenizer, to the folder
     ``target``. If the folder exists, it is replaced. Returns the folder.
 

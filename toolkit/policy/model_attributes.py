@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.policy.adapter_io import save_lora
 from toolkit.policy.fast_generate import fast_generate, generate, load_lora
@@ -13,6 +13,10 @@ from toolkit.policy.saving import (
     save_pretrained_gguf,
     save_pretrained_merged,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 TOOLKIT_ATTRIBUTES = (
     "toolkit_engine",
@@ -33,7 +37,9 @@ SAVE_FUNCTIONS = (
 )
 
 
-def add_toolkit_attributes(model: Any, *, copy_from: Any = None, **attributes: Any) -> Any:
+def add_toolkit_attributes(
+    model: PreTrainedModel, *, copy_from: Any = None, **attributes: Any
+) -> Any:
     """Set the toolkit's attributes and methods on ``model``, and return ``model``.
 
     ``TOOLKIT_ATTRIBUTES`` lists the names of the attributes. If ``copy_from`` is None, their values

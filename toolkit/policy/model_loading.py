@@ -23,6 +23,8 @@ from toolkit.policy.tokenizer import fix_tokenizer, load_tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from toolkit.policy.fused_kernels import AppliedKernels
     from toolkit.policy.load_request import LoadRequest
     from toolkit.policy.model_files import Checkpoint
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
 
 
 def load_model_and_tokenizer(
-    request: LoadRequest, adapter_folder: Path | None = None, tokenizer: Any = None
+    request: LoadRequest,
+    adapter_folder: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Any, Any]:
     """Load the model and the tokenizer of ``request``, and return both.
 
@@ -97,12 +101,12 @@ def _base_checkpoint_of(request: LoadRequest, adapter: Adapter) -> Checkpoint:
 
 
 def _prepare_model(
-    model: Any,
+    model: PreTrainedModel,
     engine: Any,
     base: Checkpoint,
     request: LoadRequest,
     adapter: Adapter | None,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Any, Any]:
     """Set the model's name and padding, and add the adapter (if one is given) and the toolkit's
     methods. Returns the model and the tokenizer.
@@ -138,7 +142,7 @@ def _prepare_model(
     return model, tokenizer
 
 
-def _apply_fused_kernels(model: Any, request: LoadRequest) -> AppliedKernels | None:
+def _apply_fused_kernels(model: PreTrainedModel, request: LoadRequest) -> AppliedKernels | None:
     """Use fused kernels in ``model``. A warning lists the layers that do not use them."""
     applied = use_fused_kernels(model, request.fused_kernels)
     if applied is not None and applied.refusal_reasons:
@@ -151,7 +155,7 @@ def _apply_fused_kernels(model: Any, request: LoadRequest) -> AppliedKernels | N
     return applied
 
 
-def publish_to_engine(peft_model: Any) -> Any:
+def publish_to_engine(peft_model: PreTrainedModel) -> Any:
     """If the model has an engine, copy the new adapter to the engine. Returns ``peft_model``.
 
     So an unsupported adapter raises an error here, and not only in the first rollout.

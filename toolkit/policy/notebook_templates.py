@@ -13,6 +13,8 @@ from toolkit.base.errors import ConfigValueError, UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from transformers import PreTrainedTokenizerBase
+
 WHERE = "get_chat_template"
 CHATML = (
     "{% for message in messages %}"
@@ -43,7 +45,7 @@ SHAREGPT_ROLES = {
 
 
 def get_chat_template(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     chat_template: str | tuple[str, str] = "chatml",
     mapping: Mapping[str, str] | None = None,
     map_eos_token: bool = True,

@@ -20,6 +20,8 @@ from toolkit.base.time_limits import OutOfTime, call_within, limit_extra_memory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from transformers import PreTrainedTokenizerBase
+
 TIME_LIMIT_S = 10.0
 TIME_PER_CHAT_S = 0.1  # additional time per chat of a batch
 MEMORY_LIMIT_BYTES = 1 << 30
@@ -31,7 +33,7 @@ MAX_DEPTH = 64
 """The maximum number of levels of lists and objects in a message that is read from a completion."""
 
 
-def limit_template(tokenizer: Any) -> Any:
+def limit_template(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Replace ``apply_chat_template`` and ``parse_response`` of ``tokenizer`` by versions that
     raise ConfigError if the chat template or the response template exceeds the limits. Returns
     ``tokenizer``.
@@ -47,7 +49,7 @@ class _LimitedTemplate:
     class and not a function, so that it can be copied and pickled with the tokenizer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +61,7 @@ class _LimitedParser:
     completion, with the regular expressions of the tokenizer's response template.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +83,7 @@ class _LimitedParser:
             raise _parser_error(tokenizer, problem) from error
 
 
-def _escape_and_check_depth(value: Any, levels_left: int = MAX_DEPTH) -> Any:
+def _escape_and_check_depth(value: object, levels_left: int = MAX_DEPTH) -> Any:
     """Return ``value`` with each lone surrogate replaced by its escape code. A model can write half
     of a character as an escape in JSON, and a text with such a lone surrogate cannot be tokenized.
 
@@ -105,12 +107,12 @@ def _escape_surrogates(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _tokenizer_name(tokenizer: Any) -> str | None:
+def _tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the name or folder of the tokenizer, for messages."""
     return str(getattr(tokenizer, "name_or_path", "")) or None
 
 
-def _parser_error(tokenizer: Any, problem: str) -> ConfigError:
+def _parser_error(tokenizer: PreTrainedTokenizerBase, problem: str) -> ConfigError:
     return ConfigError(
         f"the tokenizer's response template, which finds the tool calls, {problem}",
         where=_tokenizer_name(tokenizer),
@@ -119,7 +121,9 @@ def _parser_error(tokenizer: Any, problem: str) -> ConfigError:
     )
 
 
-def _apply_template(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Do the same as ``apply_chat_template`` of transformers 5.17, in two steps: render the text
     with limits, and then tokenize it.
     """
@@ -147,7 +151,9 @@ def _default_arguments(upstream: Callable[..., Any]) -> dict[str, Any]:
     return {name: p.default for name, p in inspect.signature(upstream).parameters.items()}
 
 
-def _render_limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _render_limited(
+    tokenizer: PreTrainedTokenizerBase, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     upstream = type(tokenizer).apply_chat_template
     characters, num_chats = _count_characters([args, kwargs]), 1
     chat = args[0] if args else kwargs.get("conversation")
@@ -176,7 +182,7 @@ def _render_limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return _escape_surrogates(rendered) if isinstance(rendered, str) else rendered
 
 
-def template_error(tokenizer: Any, error: Exception) -> ConfigError:
+def template_error(tokenizer: PreTrainedTokenizerBase, error: Exception) -> ConfigError:
     """Return the error for a template that raised ``error``, or for a tokenizer without a chat
     template.
     """
@@ -197,7 +203,7 @@ def template_error(tokenizer: Any, error: Exception) -> ConfigError:
     )
 
 
-def _limit_error(tokenizer: Any, problem: str) -> ConfigError:
+def _limit_error(tokenizer: PreTrainedTokenizerBase, problem: str) -> ConfigError:
     return ConfigError(
         f"the chat template of this tokenizer {problem}",
         where=_tokenizer_name(tokenizer),
@@ -206,7 +212,7 @@ def _limit_error(tokenizer: Any, problem: str) -> ConfigError:
     )
 
 
-def _count_characters(value: Any) -> int:
+def _count_characters(value: object) -> int:
     """Return the number of characters of all texts in nested lists and mappings."""
     if isinstance(value, str):
         return len(value)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    from transformers import PreTrainedModel
+
     from toolkit.policy.lora_settings import LoraSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -186,7 +188,7 @@ def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -
             )
 
 
-def check_base_model(model: Any, adapter: Adapter) -> None:
+def check_base_model(model: PreTrainedModel, adapter: Adapter) -> None:
     """Check that ``model`` is the base model that ``adapter`` was trained on. If both the adapter
     and the model have digests, the digests are compared. Otherwise their hub ids are compared.
 
@@ -219,7 +221,7 @@ def check_base_model(model: Any, adapter: Adapter) -> None:
 
 
 def check_adapter_tensors(
-    model: Any, adapter: Adapter, *, name: str = "default"
+    model: PreTrainedModel, adapter: Adapter, *, name: str = "default"
 ) -> dict[str, torch.Tensor]:
     """Check that the tensors of the saved ``adapter`` match the tensors of the model's adapter
     ``name``. Returns the saved tensors.
@@ -280,7 +282,7 @@ def _equal_in_bfloat16(base_tensor: torch.Tensor, saved_tensor: torch.Tensor) ->
     )
 
 
-def add_saved_adapter(model: Any, adapter: Adapter, name: str = "default") -> Any:
+def add_saved_adapter(model: PreTrainedModel, adapter: Adapter, name: str = "default") -> Any:
     """Add the saved ``adapter`` to ``model`` under ``name``, and return the PEFT model. Base model,
     target modules and shapes are checked.
 

@@ -21,6 +21,8 @@ from toolkit.policy.saved_adapter import read_adapter
 if TYPE_CHECKING:
     import os
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from toolkit.policy.load_request import LoadRequest
     from toolkit.policy.model_files import Checkpoint
 
@@ -49,9 +51,9 @@ class ModelSource(NamedTuple):
 
 
 def save_pretrained_merged(  # noqa: PLR0913 - the drop-in signature
-    model: Any,
+    model: PreTrainedModel,
     save_directory: str | os.PathLike[str],
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     save_method: str = "merged_16bit",
     *,
     push_to_hub: bool = False,
@@ -90,9 +92,9 @@ def save_pretrained_merged(  # noqa: PLR0913 - the drop-in signature
 
 
 def push_to_hub_merged(
-    model: Any,
+    model: PreTrainedModel,
     repo_id: str,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     save_method: str = "merged_16bit",
     *,
     token: str | None = None,
@@ -110,9 +112,9 @@ def push_to_hub_merged(
 
 
 def save_pretrained_gguf(
-    model: Any,
+    model: PreTrainedModel,
     save_directory: str | os.PathLike[str],
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     quantization_method: Any = "fast_quantized",
     **kwargs: Any,
 ) -> NoReturn:
@@ -129,9 +131,9 @@ def save_pretrained_gguf(
 
 
 def push_to_hub_gguf(
-    model: Any,
+    model: PreTrainedModel,
     repo_id: str,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     quantization_method: Any = "fast_quantized",
     **kwargs: Any,
 ) -> NoReturn:
@@ -189,7 +191,7 @@ def _check_method(method: str) -> None:
     )
 
 
-def _write_merged(model: Any, tokenizer: Any, target: Path) -> None:
+def _write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     source: ModelSource | None = getattr(model, "toolkit_source", None)
     if source is None:
         raise ConfigValueError(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 PAD_NAMES = (
     "<|finetune_right_pad_id|>",
     "<|vision_pad|>",
@@ -56,7 +58,7 @@ def load_tokenizer(
     return limit_template(tokenizer)
 
 
-def fix_tokenizer(tokenizer: Any, model: Any) -> None:
+def fix_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Make ``tokenizer`` pad on the left, and choose its pad token. Set the pad id also in the
     configs of ``model``.
 
@@ -83,7 +85,7 @@ def fix_tokenizer(tokenizer: Any, model: Any) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def end_ids(tokenizer: Any, model: Any) -> set[int]:
+def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[int]:
     """Return all token ids that end a completion. They come from the tokenizer and the model's
     generation config.
     """
@@ -94,7 +96,9 @@ def end_ids(tokenizer: Any, model: Any) -> set[int]:
     return ids | set(configured or ())
 
 
-def _find_pad_token(tokenizer: Any, end_token_ids: Collection[int]) -> str | None:
+def _find_pad_token(
+    tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int]
+) -> str | None:
     vocabulary = tokenizer.get_vocab()
     for name in PAD_NAMES:
         if name in vocabulary and vocabulary[name] not in end_token_ids:

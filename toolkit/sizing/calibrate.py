@@ -156,7 +156,7 @@ def compare(sizing: Mapping[str, Any], measured: Mapping[str, Any]) -> Calibrati
         raise InputError(f"the prediction is incomplete: {error!r}") from None
 
 
-def _positive_bytes(value: Any) -> int | None:
+def _positive_bytes(value: object) -> int | None:
     return int(value) if isinstance(value, int | float) and value > 0 else None
 
 

@@ -38,7 +38,7 @@ class Fields:
         return self.values.get(key) is not None
 
     def integer(
-        self, *keys: str, default: Any = _MISSING, low: int = 1, high: int = MAX_DIMENSION
+        self, *keys: str, default: object = _MISSING, low: int = 1, high: int = MAX_DIMENSION
     ) -> int:
         """The value of the first key in ``keys`` that has a value. It must be an int within [low,
         high]. Raises InputError.

@@ -105,7 +105,7 @@ def _parse_entries(header: dict[str, Any], data_bytes: int, path: Path) -> dict[
     return tensors
 
 
-def _parse_entry(name: str, entry: Any, path: Path) -> tuple[StoredTensor, int, int]:
+def _parse_entry(name: str, entry: object, path: Path) -> tuple[StoredTensor, int, int]:
     where = f"entry {name[:80]!r}"
     if not isinstance(entry, dict):
         raise _format_error(path, f"has a header whose {where} is not a mapping")
@@ -123,7 +123,7 @@ def _parse_entry(name: str, entry: Any, path: Path) -> tuple[StoredTensor, int, 
     return tensor, offsets[0], offsets[1]
 
 
-def _is_list_of_naturals(value: Any) -> TypeGuard[list[int]]:
+def _is_list_of_naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 60
         for item in value

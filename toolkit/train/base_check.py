@@ -6,7 +6,7 @@ also an error if the base weights change after the model is loaded and before th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
 from toolkit.engine.mesh import current_mesh
@@ -16,6 +16,10 @@ from toolkit.policy.base_checksum import (
     changed_tensors,
     checksums_digest,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 RELOAD_FIX = (
     "load the model again. Do not change its weights, and do not merge an adapter into them"
@@ -28,7 +32,7 @@ class BaseCheck:
     when this object is created.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         at_load = getattr(model, CHECKSUMS_ATTRIBUTE, None)
         self._model, self._before = model, at_load if at_load is not None else base_checksums(model)
 
@@ -68,7 +72,7 @@ class BaseCheck:
         return {"tensors": len(after), "checksum": checksum, "unchanged": True}
 
 
-def refuse_untrainable(model: Any, engine: Any) -> None:
+def refuse_untrainable(model: PreTrainedModel, engine: Any) -> None:
     """Check that the model has trainable parameters, and that the engine does not share them.
 
     Raises:

@@ -15,7 +15,7 @@ import random
 from dataclasses import dataclass
 from itertools import takewhile
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -28,6 +28,8 @@ from toolkit.config.schemas import schema_path
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
 
 RUN_FILE = """\
 # yaml-language-server: $schema={schema}
@@ -195,7 +197,9 @@ def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], li
     return held_out_in_order, [p for p in problems if p not in held_out]
 
 
-def encode(tokenizer: Any, problems: Sequence[Problem], answers: Sequence[str]) -> torch.Tensor:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], answers: Sequence[str]
+) -> torch.Tensor:
     """Return the token ids of the problems, with shape (number of problems, 10). A row has six
     tokens of the question, up to three of the answer, the end-of-sequence token, and padding.
     """
@@ -208,7 +212,7 @@ def encode(tokenizer: Any, problems: Sequence[Problem], answers: Sequence[str]) 
 
 def train_to_add(
     model: LlamaForCausalLM,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     train_problems: Sequence[Problem],
     validation_problems: Sequence[Problem],
     *,
@@ -270,7 +274,7 @@ def _loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _measure_accuracy(
-    model: LlamaForCausalLM, tokenizer: Any, problems: Sequence[Problem]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
 ) -> tuple[float, float]:
     """Answer ``problems`` by greedy decoding. Return the share of correct answers, and the share
     of answers that are correct or correct except for the carry.

@@ -24,6 +24,8 @@ from toolkit.train.older_fields import translate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from transformers import PreTrainedModel
+
 HALF_PRECISION_FIELDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """For each half-precision dtype, the field of GRPOConfig that switches it on."""
 TRL_FIELDS = tuple(field.name for field in fields(trl.GRPOConfig) if field.init)
@@ -101,7 +103,7 @@ def _raise_as_config_error(
         raise ConfigValueError(str(trl_error), where="GRPOConfig")
 
 
-def _check_length(name: str, value: Any) -> int | None:
+def _check_length(name: str, value: object) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise ConfigValueError(
             f"{name}={value!r} must be a number of tokens above 0, or None",
@@ -111,7 +113,7 @@ def _check_length(name: str, value: Any) -> int | None:
     return value
 
 
-def _check_bool(name: str, value: Any) -> bool:
+def _check_bool(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ConfigValueError(
             f"{name}={value!r} must be True or False", where="GRPOConfig", fix=f"set {name}=True"
@@ -119,7 +121,7 @@ def _check_bool(name: str, value: Any) -> bool:
     return value
 
 
-def _check_rounds(name: str, value: Any) -> int:
+def _check_rounds(name: str, value: object) -> int:
     if type(value) is not int or value < 1:
         raise ConfigValueError(
             f"{name}={value!r} must be a number of rounds above 0",
@@ -129,7 +131,7 @@ def _check_rounds(name: str, value: Any) -> int:
     return value
 
 
-def _check_share(name: str, value: Any) -> float:
+def _check_share(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ConfigValueError(
             f"{name}={value!r} must be above 0 and at most 1 (a share of each batch)",
@@ -154,7 +156,7 @@ def _supports_bfloat16(field_values: dict[str, Any]) -> bool:
     return bool(field_values.get("use_cpu")) or is_torch_bf16_gpu_available()
 
 
-def default_config(model: Any) -> GRPOConfig:
+def default_config(model: PreTrainedModel) -> GRPOConfig:
     """Return the GRPOConfig of a trainer to which the user passed no ``args``. As in TRL, the
     output folder is named after the model.
     """

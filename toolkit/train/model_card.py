@@ -104,7 +104,7 @@ def _section(title: str, rows: Iterable[tuple[str, Any]]) -> str:
     )
 
 
-def _table_cell(value: Any) -> str:
+def _table_cell(value: object) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
 
@@ -143,7 +143,7 @@ def _result_rows(run: FinishedRun) -> list[tuple[str, Any]]:
     return rows
 
 
-def _format_number(value: Any) -> str:
+def _format_number(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, (int, float)) else "none"
 
 

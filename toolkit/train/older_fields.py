@@ -82,7 +82,7 @@ def translate(
 
 
 def _translate_field(
-    fields: dict[str, Any], name: str, value: Any, current_fields: Collection[str]
+    fields: dict[str, Any], name: str, value: object, current_fields: Collection[str]
 ) -> list[str]:
     """Add ``value`` to the ``fields``. ``name`` is the older name of the field, and the value
     is added under the current name. A field without a current name is left out. Return the notes
@@ -100,7 +100,7 @@ def _translate_field(
 
 
 def _translate_moved_field(
-    fields: dict[str, Any], name: str, value: Any, current_fields: Collection[str]
+    fields: dict[str, Any], name: str, value: object, current_fields: Collection[str]
 ) -> list[str]:
     moved = MOVED_KEYS.get(f"grpo.{name}")
     if moved is None:
@@ -127,7 +127,7 @@ def _translate_moved_field(
     )
 
 
-def _set_renamed_field(fields: dict[str, Any], old: str, new: str, value: Any) -> list[str]:
+def _set_renamed_field(fields: dict[str, Any], old: str, new: str, value: object) -> list[str]:
     if new in fields and fields[new] != value:
         raise ConfigValueError(
             f"{old} is the older name of {new}, but {old}={value!r} and {new}={fields[new]!r} "

@@ -20,13 +20,15 @@ from toolkit.train.base_check import BaseCheck, refuse_untrainable
 from toolkit.train.grpo_config import follow_dtype, use_one_gpu
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from toolkit.train.trainer_seam import TrainerSeam
 
 
 WHERE = "GRPOTrainer"
 
 
-def fit_config_to_model(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
+def fit_config_to_model(model: PreTrainedModel, engine: Any, config: Any, peft_config: Any) -> None:
     """Reject a model that the engine cannot sample from, and set the fields of ``config`` that
     depend on the model.
 
@@ -68,7 +70,9 @@ def _refuse_other_engines(config: Any) -> None:
             )
 
 
-def set_up_adapter(trainer: TrainerSeam, model: Any, engine: Any, *, is_new_adapter: bool) -> None:
+def set_up_adapter(
+    trainer: TrainerSeam, model: PreTrainedModel, engine: Any, *, is_new_adapter: bool
+) -> None:
     """Convert the adapter to float32, after TRL has built its trainer. ``is_new_adapter`` is True
     if TRL has just added the adapter to ``model``. In this case, also register the adapter with the
     engine.
@@ -83,7 +87,7 @@ def set_up_adapter(trainer: TrainerSeam, model: Any, engine: Any, *, is_new_adap
         publish_to_engine(add_toolkit_attributes(trainer.model, copy_from=model))
 
 
-def _dtype_of(model: Any) -> torch.dtype:
+def _dtype_of(model: PreTrainedModel) -> torch.dtype:
     """Return the dtype of the base model's weights. If the base model is quantized, this is the
     dtype of its weights that are not quantized.
     """
@@ -92,7 +96,7 @@ def _dtype_of(model: Any) -> torch.dtype:
     return base_dtype
 
 
-def _refuse_other_device(model: Any, config: Any) -> None:
+def _refuse_other_device(model: PreTrainedModel, config: Any) -> None:
     """Raise ConfigError if the trainer would use another device than the model. transformers would
     then move the model to the trainer's device, as a second copy of the weights.
     """

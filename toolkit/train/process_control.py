@@ -105,7 +105,7 @@ class Peers:
         self._done = threading.Event()
         threading.Thread(target=self._listen, name="toolkit-peers", daemon=True).start()
 
-    def exchange(self, name: str, value: Any = None) -> list[Any]:
+    def exchange(self, name: str, value: object = None) -> list[Any]:
         """Send ``value`` (a JSON value) to all processes under the key ``name``. Wait for their
         values, and return the values of all processes, by rank. There is no time limit while the
         other processes show signs of life.
@@ -123,7 +123,7 @@ class Peers:
                 raise PeerFailed(f"a process showed no sign of life for {self.timeout_s:g} s")
         return outcome.result()
 
-    def _exchange(self, name: str, value: Any, heartbeats: _Heartbeats) -> list[Any]:
+    def _exchange(self, name: str, value: object, heartbeats: _Heartbeats) -> list[Any]:
         self._post(name, value)
         while missing_ranks := self._ranks_without(name):
             if self.failure_exit_code is not None:
@@ -203,7 +203,7 @@ class Peers:
         """True if this process is the first that claims to report the failure."""
         return bool(self.store.add("told", 1) == 1)
 
-    def _post(self, name: str, value: Any = None) -> None:
+    def _post(self, name: str, value: object = None) -> None:
         self.store.set(f"{name}-{self.rank}", json.dumps(value))
 
     def _ranks_without(self, name: str) -> list[int]:

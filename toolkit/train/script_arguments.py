@@ -17,10 +17,12 @@ from toolkit.train.trl_arguments import refuse_missing_packages
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
+    from transformers import PreTrainedModel
+
     from toolkit.train.trainer_seam import TrainerSeam
 
 
-def check_arguments(arguments: MutableMapping[str, Any], model: Any) -> None:
+def check_arguments(arguments: MutableMapping[str, Any], model: PreTrainedModel) -> None:
     """Check ``arguments``, the arguments of a trainer of ``model``. In ``arguments``, each reward
     function is replaced by a function that calls the reward function and checks the returned
     rewards.

@@ -42,6 +42,8 @@ __all__ = ["GRPOConfig", "GRPOTrainer"]
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from transformers import PreTrainedModel
+
     from toolkit.train.rollout.dynamic_sampling import Generation
     from toolkit.train.rollout.tool_log import ToolLog
     from toolkit.train.tracking import Tracking
@@ -70,7 +72,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     _generation: Generation | None = None
     _loss_inputs: dict[str, Any] | None = None
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         """Takes TRL's arguments. The engine, gradient checkpointing and the dtype are those with
         which ``FastLanguageModel`` loaded the model. Therefore ``use_vllm`` has no effect, and
         TRL's defaults ``gradient_checkpointing=True`` and ``bf16=True`` are replaced. The adapter
@@ -264,7 +266,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         finally:
             self.vllm_importance_sampling_correction = True
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+    def _compute_loss(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
         self._scope = self.loss_scope(inputs) if model.training else LossScope()
         self._loss_inputs = inputs = dict(inputs)
         try:
@@ -277,7 +279,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     def _trl_pass(self, *args: Any, **kwargs: Any) -> Any:
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(
+        self, model: PreTrainedModel, *args: Any, **kwargs: Any
+    ) -> Any:
         output = self.logps_and_entropies(model, *args, **kwargs)
         inputs = self._loss_inputs or {}
         if "sampling_per_token_logps" in inputs and "old_per_token_logps" not in inputs:
@@ -293,7 +297,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             self._attempt.record_inputs(super()._prepare_inputs(generation_batch))
         return self._attempt.inputs
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+    def training_step(
+        self, model: PreTrainedModel, inputs: Any, num_items_in_batch: Any = None
+    ) -> Any:
         """Do a step as TRL does. If memory runs out, the step is repeated in smaller parts, which
         give the same gradient.
         """
@@ -307,7 +313,11 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         return loss
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: PreTrainedModel,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """Compute the loss as TRL does, but for one part of the batch at a time. A part is a pack
         (completions joined into one sequence). After memory ran out, the parts are smaller.
@@ -321,7 +331,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
                 return loss_in_parts(self, model, inputs, parts, lambda part: parent(model, part))
             return parent(model, inputs, return_outputs, num_items_in_batch)
 
-    def _clip_grad_norm(self, model: Any) -> Any:
+    def _clip_grad_norm(self, model: PreTrainedModel) -> Any:
         """Clip the gradient as transformers does. If several processes share a model, use the norm
         of the complete adapter's gradient, and not the norm of the part in this process.
         """
@@ -331,7 +341,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return super()._clip_grad_norm(model if self._sharded() else trainable)
         return clip_split_grad_norm(model.parameters(), self.args.max_grad_norm)
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: PreTrainedModel, grad_norm: Any = None) -> Any:
         """Return the gradient norm as transformers does. If the loss or the norm is NaN or
         infinite, the optimizer step is skipped. transformers calls this method directly before
         that step.

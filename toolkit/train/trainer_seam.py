@@ -44,7 +44,7 @@ class CompletionBatch(NamedTuple):
     tool_images: Any
 
 
-def unwrapped(trainer: TrainerSeam, model: Any) -> Any:
+def unwrapped(trainer: TrainerSeam, model: PreTrainedModel) -> Any:
     """Return ``model`` without the wrapper of a distributed run.
 
     accelerate's ``unwrap_model`` looks at every module of the model, which takes milliseconds. So

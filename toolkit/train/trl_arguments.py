@@ -111,7 +111,7 @@ def grpo_config(
         ) from error
 
 
-def _as_trl_type(name: str, value: Any) -> Any:
+def _as_trl_type(name: str, value: object) -> Any:
     """Return ``value`` as a float if TRL's default for the field ``name`` is a float. A run file
     may contain an integer here (``adam_beta1: 0``), but torch needs two betas of the same type.
 

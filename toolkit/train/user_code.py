@@ -5,7 +5,7 @@ loaded before the engine starts.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from toolkit.base.errors import ConfigError
 from toolkit.config import parallel
@@ -21,6 +21,8 @@ from toolkit.train.rollout.tools import EpisodeHost, load_tools
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
 
     from toolkit.config.run_config import RunConfig
     from toolkit.train.data.dataset import Data
@@ -44,7 +46,9 @@ class UserCode(NamedTuple):
         return {n: r.digest.removeprefix("sha256:") for n, r in reports.items() if r is not None}
 
 
-def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode:
+def load_user_code(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, run_dir: Path
+) -> UserCode:
     """Load data, rewards, tools and environment, each in the process that the run file selects.
 
     Raises:

@@ -39,7 +39,7 @@ _MEMORY = (
 _TRACKER = "a run always writes metrics.jsonl and a report; to use a tracker, set grpo.report_to"
 
 
-def _steps(value: Any) -> Any:
+def _steps(value: object) -> Any:
     """Return axolotl's number of steps. Raises Unfit for a value below 1, because such a value is a
     fraction of an epoch in axolotl.
     """
@@ -51,17 +51,17 @@ def _steps(value: Any) -> Any:
     return value
 
 
-def _optimizer(value: Any) -> Any:
+def _optimizer(value: object) -> Any:
     return new_name(value, {"adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"})
 
 
-def _checkpointing(value: Any) -> Any:
+def _checkpointing(value: object) -> Any:
     if isinstance(value, bool):
         return value
     return new_name(value, {"unsloth": "unsloth", "offload": "unsloth"}, True)
 
 
-def _linear(value: Any) -> Any:
+def _linear(value: object) -> Any:
     return "all-linear" if value is True else None
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 NO_ADAPTER = "a run trains a LoRA adapter (section lora) unless model.full_finetuning is true"
 
 
-def convert_dtype(value: Any) -> str | None:
+def convert_dtype(value: object) -> str | None:
     """Return the name of a torch dtype, such as "bfloat16". Return None if ``value`` means that the
     dtype of the checkpoint or of the GPU is used. Raises Unfit for a dtype that a run file cannot
     set.
@@ -30,7 +30,7 @@ def convert_dtype(value: Any) -> str | None:
 _UNCHANGED = object()
 
 
-def new_name(value: Any, names: dict[str, Any], fallback: Any = _UNCHANGED) -> Any:
+def new_name(value: object, names: dict[str, Any], fallback: Any = _UNCHANGED) -> Any:
     """Return the new name of ``value``, as the dict ``names`` defines it. A value that is not in
     ``names`` becomes ``fallback`` if ``fallback`` is given, and otherwise stays unchanged.
     """
@@ -39,7 +39,7 @@ def new_name(value: Any, names: dict[str, Any], fallback: Any = _UNCHANGED) -> A
     return value if fallback is _UNCHANGED else fallback
 
 
-def as_integer(value: Any) -> Any:
+def as_integer(value: object) -> Any:
     """Return a whole float such as ``16.0`` as an integer, because some tools write integers as
     floats. Any other value is returned unchanged.
     """
@@ -48,7 +48,7 @@ def as_integer(value: Any) -> Any:
     return value
 
 
-def positive_or_none(value: Any) -> Any:
+def positive_or_none(value: object) -> Any:
     """Return None for null, 0 and negative numbers, which mean "no limit" in some tools. Return any
     other value, with a whole float such as ``16.0`` converted to an integer.
     """
@@ -57,7 +57,7 @@ def positive_or_none(value: Any) -> Any:
     return as_integer(value)
 
 
-def convert_targets(value: Any) -> Any:
+def convert_targets(value: object) -> Any:
     """Return the value of ``lora.target_modules``. The list ["all-linear"] becomes the text
     "all-linear", and any other value stays unchanged.
     """
@@ -137,6 +137,6 @@ def set_warmup_steps(translation: Translation) -> None:
             translation.write("grpo.warmup_steps", entry.value, f"{entry.location}: warmup_steps")
 
 
-def is_positive_integer(value: Any) -> bool:
+def is_positive_integer(value: object) -> bool:
     """Whether a value is a positive integer."""
     return type(value) is int and value > 0

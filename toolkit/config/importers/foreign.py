@@ -46,7 +46,7 @@ class ForeignConfig:
     entries: list[Entry] = field(default_factory=list)
     unread: list[UnreadPart] = field(default_factory=list)
 
-    def add(self, key: str, value: Any, location: str) -> None:
+    def add(self, key: str, value: object, location: str) -> None:
         """Add one setting that was read."""
         self.entries.append(Entry(key, value, location))
 

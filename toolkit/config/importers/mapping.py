@@ -71,7 +71,7 @@ class Row(NamedTuple):
         same = self.run_key.rpartition(".")[2] == self.foreign_key.rpartition(".")[2]
         return SAME if same else RENAMED
 
-    def is_off(self, value: Any) -> bool:
+    def is_off(self, value: object) -> bool:
         """Whether ``value`` turns off the feature that the key of this row controls. This toolkit
         does not support the feature, so the key is refused with any other value.
         """
@@ -173,12 +173,12 @@ class Translation:
     notes: list[str] = field(default_factory=list)
     reward_modules: list[str] = field(default_factory=list)  # modules of the user's rewards
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Any:
         """Return the current value of a run file key; ``default`` if it is not set yet."""
         run_value = self.run_values.get(key)
         return default if run_value is None else run_value.value
 
-    def write(self, key: str, value: Any, why: str) -> None:
+    def write(self, key: str, value: object, why: str) -> None:
         """Set a run file key to ``value``. If the key already has another value, replace that value
         and add a note.
         """
@@ -196,7 +196,7 @@ class Translation:
         """
         return {entry.key: entry for entry in self.foreign.entries if entry.key in keys}
 
-    def foreign_value(self, key: str, default: Any = None) -> Any:
+    def foreign_value(self, key: str, default: object = None) -> Any:
         """Return the value that the other tool's file sets for a key. Return ``default`` if the
         file does not set the key, or if the value is known only when the file runs.
         """
@@ -342,7 +342,7 @@ _SPECIAL_ROWS = {
 }  # fmt: skip
 
 
-def convert_trl_setting(row: Row, value: Any) -> tuple[str | None, Any]:
+def convert_trl_setting(row: Row, value: object) -> tuple[str | None, Any]:
     """Return the run file key and the value that replace a setting of TRL. ``row`` is the row of
     TRL's key. The returned key is None if a run file does not need the setting. Raises Unfit if the
     user must decide.
@@ -356,6 +356,6 @@ def convert_trl_setting(row: Row, value: Any) -> tuple[str | None, Any]:
     return conversion
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: object) -> list[Any]:
     """Return ``value`` as a list. A value that is not a list becomes a list with one item."""
     return list(value) if isinstance(value, (list, tuple)) else [value]

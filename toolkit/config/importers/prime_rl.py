@@ -43,15 +43,15 @@ _ENVIRONMENT = (
 )
 
 
-def _schedule(value: Any) -> Any:
+def _schedule(value: object) -> Any:
     return new_name(value, {"constant": "constant_with_warmup"})
 
 
-def _optimizer(value: Any) -> Any:
+def _optimizer(value: object) -> Any:
     return new_name(value, {"adamw": "adamw_torch", "sgd": "sgd"})
 
 
-def _checkpointing(value: Any) -> bool:
+def _checkpointing(value: object) -> bool:
     return value is not None and value is not False
 
 

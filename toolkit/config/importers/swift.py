@@ -40,14 +40,14 @@ _REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
 _PROMPTS = ("query", "problem", "question", "messages")
 
 
-def _data_set_name(value: Any) -> str:
+def _data_set_name(value: object) -> str:
     sets = as_list(value)
     if len(sets) != 1:
         raise UnsupportedValue("a run reads only one data set: join the data sets into one file")
     return str(sets[0]).partition("#")[0].partition(":")[0]
 
 
-def _is_4bit(value: Any) -> bool | None:
+def _is_4bit(value: object) -> bool | None:
     if value in (None, 4):
         return value == 4 or None
     raise UnsupportedValue(
@@ -56,11 +56,11 @@ def _is_4bit(value: Any) -> bool | None:
     )
 
 
-def _attention(value: Any) -> Any:
+def _attention(value: object) -> Any:
     return new_name(value, {"flash_attn": "flash_attention_2"})
 
 
-def _is_nonzero(value: Any) -> bool:
+def _is_nonzero(value: object) -> bool:
     return value not in (0, None, False)
 
 

@@ -145,7 +145,7 @@ class ConstantNames:
         return _OPERATORS[kind](left, right)
 
 
-def _apply_sign(sign: ast.unaryop, value: Any) -> Any:
+def _apply_sign(sign: ast.unaryop, value: object) -> Any:
     if not isinstance(value, (int, float)):
         raise _NotConstant("the operand of a sign must be a number")
     return -value if isinstance(sign, ast.USub) else value

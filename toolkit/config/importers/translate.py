@@ -4,7 +4,7 @@ file's format says how each key is converted.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from toolkit.base.secrets import find_secret, is_secret_key
 from toolkit.config.importers.foreign import Computed
@@ -58,7 +58,7 @@ def _convert_entry(translation: Translation, entry: Entry) -> None:
             pass
 
 
-def _is_secret(value: Any) -> bool:
+def _is_secret(value: object) -> bool:
     return isinstance(value, str) and len(value) >= 16 and find_secret(value) is not None
 
 

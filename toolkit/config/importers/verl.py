@@ -56,7 +56,7 @@ _LOSSES = {
 }
 
 
-def _one_file(value: Any) -> Any:
+def _one_file(value: object) -> Any:
     files = as_list(value)
     if len(files) != 1:
         raise UnsupportedValue(
@@ -65,7 +65,7 @@ def _one_file(value: Any) -> Any:
     return files[0]
 
 
-def _loss_type(value: Any) -> str:
+def _loss_type(value: object) -> str:
     if not isinstance(value, str) or value not in _LOSSES:
         raise UnsupportedValue(
             f"only the values {', '.join(_LOSSES)} correspond to a grpo.loss_type"
@@ -73,15 +73,15 @@ def _loss_type(value: Any) -> str:
     return _LOSSES[value]
 
 
-def _engine(value: Any) -> Any:
+def _engine(value: object) -> Any:
     return new_name(value, {"vllm": "vllm", "hf": "transformers"}, None)
 
 
-def _schedule(value: Any) -> Any:
+def _schedule(value: object) -> Any:
     return new_name(value, {"constant": "constant_with_warmup", "cosine": "cosine"})
 
 
-def _interval(value: Any) -> Any:
+def _interval(value: object) -> Any:
     return positive_or_none(value)
 
 
@@ -99,7 +99,7 @@ def _resamples(value: Any) -> int:
     return int(value) - 1
 
 
-def _positive_number_or_none(value: Any) -> Any:
+def _positive_number_or_none(value: object) -> Any:
     return value if isinstance(value, (int, float)) and value > 0 else None
 
 

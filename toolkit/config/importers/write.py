@@ -89,7 +89,7 @@ def _unread_lines(translation: Translation) -> list[str]:
     )
 
 
-def flow_yaml(value: Any) -> str:
+def flow_yaml(value: object) -> str:
     """Return a value as YAML on one line."""
     if isinstance(value, dict):
         pairs = (f"{_key(name)}: {flow_yaml(below)}" for name, below in value.items())

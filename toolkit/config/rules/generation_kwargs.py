@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.keys import is_multi_turn
@@ -49,7 +49,7 @@ def _valid_keywords(run: Run) -> Mapping[str, Node]:
     }
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     """Whether a value is neither NaN nor infinity. Rule DOC006 reports NaN and infinity."""
     return not isinstance(value, float) or math.isfinite(value)
 

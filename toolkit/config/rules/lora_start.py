@@ -110,7 +110,7 @@ def adapter_fits_base_model(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(_PATH, problem.message, fixes=(Fix(str(problem.hint)),))
 
 
-def _comparable(value: Any, name: str) -> Any:
+def _comparable(value: object, name: str) -> Any:
     """The value in a form that can be compared. A list is sorted, an integer becomes a float, and a
     missing value becomes PEFT's default for the key ``name``.
     """

@@ -146,7 +146,7 @@ class Run:
         line = f"line {node.position.line}"
         return line if node.source is self.document.source else f"{node.source.name} {line}"
 
-    def set_fix(self, path: str, value: Any) -> Fix:
+    def set_fix(self, path: str, value: object) -> Fix:
         """The fix that sets ``path`` to ``value``. --fix can apply this fix only if the run file
         sets the key.
         """
@@ -158,7 +158,7 @@ class Run:
             return Fix(f"remove {name}")
         return Fix(f"{name}: {spell_value(value, node.source.format)}", edits)
 
-    def replace_fix(self, node: Node, value: Any) -> Fix:
+    def replace_fix(self, node: Node, value: object) -> Fix:
         """The fix that replaces a scalar by ``value``. The fix has no edits if the file format has
         no way to write ``value``.
         """

@@ -88,11 +88,11 @@ class CheckContext:
         return {name: _json_value(value) for name, value in changed.items()}
 
 
-def _json_value(value: Any) -> Any:
+def _json_value(value: object) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def context_from_json(data: Any) -> CheckContext:
+def context_from_json(data: object) -> CheckContext:
     """Return the CheckContext that ``CheckContext.to_json`` converted to ``data``.
 
     Raises ValueError if ``data`` is not a recorded context or has unknown names.

@@ -23,10 +23,12 @@ from toolkit.engine.shards import shard_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from torch.distributed import ProcessGroup
+
 
 class _CopyToParallelRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: torch.Tensor, group: Any) -> torch.Tensor:
+    def forward(ctx: Any, whole: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
         ctx.group = group
         return whole.view_as(whole)
 
@@ -43,7 +45,7 @@ class _CopyToParallelRegion(torch.autograd.Function):
 
 class _ReduceFromParallelRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
+    def forward(ctx: Any, part: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
         del ctx
         whole = part.clone(memory_format=torch.contiguous_format)
         check_peers()
@@ -60,7 +62,7 @@ class _ReduceFromParallelRegion(torch.autograd.Function):
 class _GatherLastDimension(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, part: torch.Tensor, group: Any, start: int, width: int, total: int
+        ctx: Any, part: torch.Tensor, group: ProcessGroup | None, start: int, width: int, total: int
     ) -> torch.Tensor:
         ctx.start, ctx.length = start, part.shape[-1]
         padded = torch.nn.functional.pad(part, (0, width - part.shape[-1])).contiguous()
@@ -75,7 +77,7 @@ class _GatherLastDimension(torch.autograd.Function):
         return grad.narrow(-1, ctx.start, ctx.length), None, None, None, None
 
 
-def copy_to_parallel_region(whole: torch.Tensor, group: Any) -> torch.Tensor:
+def copy_to_parallel_region(whole: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
     """Return the whole tensor ``whole`` unchanged. Each process then computes its part from the
     result. The backward pass sums the gradients of all processes.
     """
@@ -83,7 +85,7 @@ def copy_to_parallel_region(whole: torch.Tensor, group: Any) -> torch.Tensor:
     return out
 
 
-def reduce_from_parallel_region(part: torch.Tensor, group: Any) -> torch.Tensor:
+def reduce_from_parallel_region(part: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
     """Return the sum of ``part`` over all processes, which is a whole tensor. In the backward pass
     every process gets the gradient of the sum.
     """
@@ -92,7 +94,7 @@ def reduce_from_parallel_region(part: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def gather_last_dimension(
-    part: torch.Tensor, group: Any, *, start: int, width: int, total: int
+    part: torch.Tensor, group: ProcessGroup | None, *, start: int, width: int, total: int
 ) -> torch.Tensor:
     """Concatenate the parts of all processes along the last dimension. Each part has at most
     ``width`` entries, and the result has ``total`` entries. This process's part begins at index
@@ -102,7 +104,7 @@ def gather_last_dimension(
     return out
 
 
-def max_over_group(part: torch.Tensor, group: Any) -> torch.Tensor:
+def max_over_group(part: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
     """Return the elementwise maximum of ``part`` over the group. It has no gradient."""
     maximum = part.detach().clone()
     check_peers()

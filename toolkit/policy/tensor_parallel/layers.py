@@ -20,6 +20,8 @@ from toolkit.policy.tensor_parallel.functions import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from toolkit.engine.mesh import Mesh
     from toolkit.engine.shards import WeightSplit
 
@@ -28,7 +30,7 @@ MESH_ATTRIBUTE = "toolkit_mesh"
 """The name of the attribute that stores the ``Mesh`` of a Hugging Face model that is split."""
 
 
-def mesh_of(model: Any) -> Mesh | None:
+def mesh_of(model: PreTrainedModel) -> Mesh | None:
     """Return the mesh over which ``model`` is split, or None if it is not split. ``model`` must be
     the Hugging Face model itself, without PEFT's wrapper.
     """

@@ -61,7 +61,7 @@ def rows(settings: Any) -> list[dict[str, Any]]:
     ]
 
 
-def number_is_right(prompts: Any, completions: Any, answer: Any, **_: Any) -> list[float]:
+def number_is_right(prompts: Any, completions: Any, answer: object, **_: Any) -> list[float]:
     """Return the scores of completions from the toolkit's reward ``numeric_match``. TRL logs the
     rewards under the name of this function.
     """

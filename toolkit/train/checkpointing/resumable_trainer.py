@@ -23,6 +23,8 @@ from toolkit.train.step import step_errors
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from transformers import PreTrainedModel
+
     from toolkit.train.checkpointing.run_dir_watch import RunDirWatch
     from toolkit.train.checkpointing.stop_signals import StopSignals
     from toolkit.train.report.metrics_log import Journal
@@ -207,7 +209,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         if self.snapshot.hf_state.global_step > 0:
             self.save_snapshot(self.snapshot)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
         if not self._stores_adapter():
             super()._save_checkpoint(model, trial)
         else:
@@ -259,7 +261,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         finally:
             self.args.save_total_limit = limit
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: PreTrainedModel | None = None
+    ) -> None:
         folder = Path(resume_from_checkpoint)
         if not trainer_state.is_toolkit_checkpoint(folder):
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -118,7 +118,7 @@ def fingerprint(config: RunConfig, data: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _flatten(value: Any, path: str, into: dict[str, Any]) -> None:
+def _flatten(value: object, path: str, into: dict[str, Any]) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             _flatten(item, f"{path}.{key}" if path else key, into)
@@ -126,7 +126,7 @@ def _flatten(value: Any, path: str, into: dict[str, Any]) -> None:
         into[path] = value
 
 
-def _to_json_values(value: Any) -> Any:
+def _to_json_values(value: object) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _to_json_values(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

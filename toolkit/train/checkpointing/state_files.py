@@ -17,6 +17,8 @@ from toolkit.policy.machine_facts import cuda_in_use
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from transformers import PreTrainedModel
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -48,7 +50,7 @@ def restore_generators(states: Mapping[str, Any], tensors: Mapping[str, torch.Te
         torch.cuda.set_rng_state(tensors["generator.cuda"])
 
 
-def flatten(value: Any, tensors: Tensors, path: str) -> Any:
+def flatten(value: object, tensors: Tensors, path: str) -> Any:
     """Return ``value`` as JSON, and add a copy of each tensor in ``value`` to ``tensors``. The key
     of a tensor in ``tensors`` is the path that leads to it: ``path``, then the keys and indices
     inside ``value``. Dicts keep the types of their keys.
@@ -104,12 +106,12 @@ def stored_name(name: str, adapter: str = "default") -> str:
     )
 
 
-def trainable_parameters(model: Any) -> Tensors:
+def trainable_parameters(model: PreTrainedModel) -> Tensors:
     """The trainable parameters, by the name under which PEFT stores them."""
     return {stored_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def gather_trainable(model: Any) -> Tensors:
+def gather_trainable(model: PreTrainedModel) -> Tensors:
     """Return the parameters of ``trainable_parameters`` as complete tensors. If processes share a
     model, each process has only a part of a tensor. All these processes must then call this
     function.

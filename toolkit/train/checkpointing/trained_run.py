@@ -14,6 +14,8 @@ from toolkit.config.document_loader import load_document
 from toolkit.train.data.chat_record import run_used_chats
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from toolkit.config.run_config import RunConfig
 
 EngineName = Literal["transformers", "vllm"]
@@ -133,7 +135,7 @@ def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
     )
 
 
-def load_checkpoint_adapter(model: Any, folder: Path) -> None:
+def load_checkpoint_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Load the adapter of the training checkpoint in ``folder`` into ``model``, in place."""
     from toolkit.policy.adapter_io import read_tensors  # noqa: PLC0415 - loads torch
     from toolkit.train.checkpointing.state_files import copy_into_parameters, trainable_parameters  # noqa: PLC0415

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from transformers import PreTrainedModel
 
     from toolkit.train.checkpointing.branch import Branch
     from toolkit.train.trainer_seam import TrainerSeam
@@ -97,7 +98,7 @@ def take_snapshot(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> 
     )
 
 
-def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> None:
+def save_adapter(model: PreTrainedModel, folder: Path, tensors: Tensors | None = None) -> None:
     """Write the adapter in PEFT's format (adapter_config.json, adapter_model.safetensors). If the
     values of two adapters are equal, their files are equal, byte by byte. If ``model`` has only a
     part of the adapter, ``tensors`` must be the complete adapter.

@@ -150,7 +150,7 @@ def copy_to_memory(table: pa.Table) -> pa.Table:
     return pa.ipc.open_stream(sink.getvalue()).read_all()
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: object) -> Any:
     """Remove the null values that Arrow added to chat messages. If one message of a column has a
     key, Arrow adds this key with the value null to all other messages. Chat templates would treat
     such a null as a value of the user. ``content`` is kept, because it may be null in a message
@@ -221,11 +221,11 @@ def raise_data_error(where: str, problem: str) -> NoReturn:
     raise InputError(problem, where=where, fix="correct this row or file, or remove it")
 
 
-def _has_surrogate(value: Any) -> bool:
+def _has_surrogate(value: object) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in _all_characters(value))
 
 
-def _all_characters(value: Any) -> Iterator[str]:
+def _all_characters(value: object) -> Iterator[str]:
     """Yield the characters of all texts and keys in a nested value."""
     if isinstance(value, str):
         yield from value

@@ -18,6 +18,8 @@ from toolkit.train.data.arrow_columns import without_nulls
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import PreTrainedTokenizerBase
+
     from toolkit.train.data.prompt_format import Prompt
 
 MIN_CHARACTERS = 1 << 16  # prompts of at most this many characters are always read whole
@@ -87,7 +89,9 @@ def left_out_columns(names: Sequence[str], used: Sequence[str]) -> dict[str, str
     }
 
 
-def pretruncate_prompts(tokenizer: Any, prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+def pretruncate_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], limit: int | None
+) -> list[Prompt]:
     """Remove the beginning of very long prompts before the prompts are tokenized. Otherwise
     megabytes of text would be tokenized to keep a few hundred tokens. A shortened prompt still has
     more than ``limit`` tokens. ``prompt_format.truncate_prompt`` applies the exact limit later.

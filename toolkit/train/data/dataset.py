@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import datasets
     import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
 
     from toolkit.config.run_config import DatasetSection, EnvironmentSection
     from toolkit.train.data.arrow_columns import Rows
@@ -109,7 +110,7 @@ class Data:
 
 def load_data(
     section: DatasetSection,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_length: int | None = None,
     template: TemplateArguments = None,

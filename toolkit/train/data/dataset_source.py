@@ -111,7 +111,7 @@ def _read_list(path: Path, key: str) -> list[Any]:
     return value
 
 
-def _data_file_path(folder: Path, entry: Any) -> Path:
+def _data_file_path(folder: Path, entry: object) -> Path:
     """Return the path of a data file that state.json lists as ``entry``. Raises an error if the
     file is not inside ``folder``.
     """

@@ -19,6 +19,8 @@ from toolkit.policy.render_template import template_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from transformers import PreTrainedTokenizerBase
+
 TemplateArguments: TypeAlias = "Mapping[str, Any] | None"
 Prompt = str | list[dict[str, Any]]
 SAMPLED_PROMPTS = 64
@@ -63,7 +65,10 @@ def format_prompt(prompt: Prompt, system: str | None, *, chat: bool) -> Prompt:
 
 
 def check_template(
-    tokenizer: Any, prompt: Prompt, column: str, template: TemplateArguments = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    column: str,
+    template: TemplateArguments = None,
 ) -> None:
     """Render one chat, so that a chat template that rejects chats is reported before the first
     step.
@@ -85,7 +90,9 @@ def check_template(
 
 
 def token_ids(
-    prompts: Sequence[Prompt], tokenizer: Any, template: TemplateArguments = None
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    template: TemplateArguments = None,
 ) -> list[list[int]]:
     """Return the token ids of each prompt (a text, or a list of chat messages). Prompts are
     tokenized as in the trainer: with special tokens and the chat template. ``template`` is
@@ -104,7 +111,9 @@ def token_ids(
 
 
 def unknown_tokens_note(
-    tokenizer: Any, prompts: Sequence[Prompt], template: TemplateArguments = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    template: TemplateArguments = None,
 ) -> list[str]:
     """Return a note for the user if a large part of the first prompts becomes the tokenizer's
     unknown token. The model cannot read this part. Otherwise return an empty list.
@@ -129,7 +138,7 @@ def unknown_tokens_note(
     ]
 
 
-def _unknown_token_id(tokenizer: Any) -> int | None:
+def _unknown_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the id of the tokenizer's unknown token; None if it has no unknown token. If the
     tokenizer has no attribute ``unk_token_id``, its backend model names the token.
     """
@@ -141,7 +150,9 @@ def _unknown_token_id(tokenizer: Any) -> int | None:
     return None if token_id is None else int(token_id)
 
 
-def count_tokens(tokenizer: Any, prompt: Prompt, template: TemplateArguments = None) -> int:
+def count_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: TemplateArguments = None
+) -> int:
     """Return the number of tokens of a prompt, with special tokens and the chat template as in the
     trainer.
     """
@@ -149,7 +160,10 @@ def count_tokens(tokenizer: Any, prompt: Prompt, template: TemplateArguments = N
 
 
 def truncate_prompt(
-    tokenizer: Any, prompt: Prompt, limit: int, template: TemplateArguments = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    limit: int,
+    template: TemplateArguments = None,
 ) -> Prompt:
     """Remove tokens from the beginning of ``prompt``, so that at most ``limit`` tokens remain.
 
@@ -189,7 +203,9 @@ def _cannot_shorten_error(limit: int, fixed_part: str, fixed_tokens: int) -> Con
     )
 
 
-def _drop_first_tokens(tokenizer: Any, text: str, count_excess: Callable[[str], int]) -> str:
+def _drop_first_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, count_excess: Callable[[str], int]
+) -> str:
     """Remove tokens from the beginning of ``text`` until it is short enough, and return the rest,
     which may be empty. ``count_excess(text)`` returns by how many tokens ``text`` is too long.
 
@@ -206,7 +222,7 @@ def _drop_first_tokens(tokenizer: Any, text: str, count_excess: Callable[[str], 
     return text[starts[dropped] :] if dropped else text
 
 
-def _token_starts(tokenizer: Any, text: str) -> list[int]:
+def _token_starts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the character position in ``text`` at which each of its tokens begins."""
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -61,7 +61,7 @@ def read_run(run_dir: Path) -> RunFiles:
     )
 
 
-def finite_number(value: Any) -> float | None:
+def finite_number(value: object) -> float | None:
     """``value`` as a float, clamped to ±LARGEST. None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

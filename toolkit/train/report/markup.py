@@ -5,7 +5,7 @@ be escaped here.
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import escape_unprintable
 from toolkit.base.secrets import redact
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def escape(value: Any) -> str:
+def escape(value: object) -> str:
     """Escape ``value`` for an HTML element or a quoted attribute. Secrets are removed."""
     redacted = redact(value if isinstance(value, str) else str(value))
     return html.escape(escape_unprintable(redacted), quote=True)
@@ -46,7 +46,7 @@ def escape_start(value: str, limit: int) -> str:
     return f"{escape(value[:limit])}<i class=more> … {len(value) - limit} more characters</i>"
 
 
-def flat_rows(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flat_rows(value: object, prefix: str = "") -> list[tuple[str, str]]:
     """Return a nested mapping as table rows (key, HTML cell). Nested keys are joined by dots."""
     if isinstance(value, dict) and value:
         return [row for key, item in value.items() for row in flat_rows(item, f"{prefix}{key}.")]
@@ -54,7 +54,7 @@ def flat_rows(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix.removesuffix("."), f"<code>{shown}</code>")]
 
 
-def _plain_text(value: Any) -> str:
+def _plain_text(value: object) -> str:
     if isinstance(value, list) and all(not isinstance(item, dict | list) for item in value):
         return ", ".join(_plain_text(item) for item in value)
     if isinstance(value, bool):

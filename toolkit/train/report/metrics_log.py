@@ -152,7 +152,7 @@ def _open_log(path: Path) -> int:
     )
 
 
-def to_json_value(value: Any) -> Any:
+def to_json_value(value: object) -> Any:
     """Convert ``value`` to values that strict JSON allows. NaN and infinite numbers become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -298,7 +298,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             self.tracking.log_completions(step, rows)
 
 
-def shorten_message(value: Any) -> Any:
+def shorten_message(value: object) -> Any:
     """Shorten a prompt or a completion to about ``MAX_MESSAGE_CHARACTERS`` characters.
 
     ``value`` is a text or the messages of a chat. If a text is too long, its middle is removed.
@@ -306,7 +306,7 @@ def shorten_message(value: Any) -> Any:
     return _shorten(value, [MAX_MESSAGE_CHARACTERS])
 
 
-def _shorten(value: Any, remaining: list[int]) -> Any:
+def _shorten(value: object, remaining: list[int]) -> Any:
     if isinstance(value, str):
         limit, remaining[0] = max(remaining[0], 0), remaining[0] - len(value)
         if len(value) <= limit:

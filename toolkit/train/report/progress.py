@@ -107,7 +107,7 @@ def evaluation_line(row: Mapping[str, Any]) -> str:
     return f"evaluation at step {row['step']}: reward {reward}, length {length}"
 
 
-def format_number(value: Any, format_spec: str) -> str:
+def format_number(value: object, format_spec: str) -> str:
     """Format ``value`` with the format specification ``format_spec``, for example ``8.4f``. If
     ``value`` is not a number, return a dash of the same width.
     """

@@ -101,7 +101,7 @@ def _steps_text(count: int) -> str:
     return f"{count} steps in a row" if count > 1 else "one step"
 
 
-def _reward_text(value: Any) -> str:
+def _reward_text(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, (int, float)) else "-"
 
 

@@ -74,7 +74,7 @@ def _completion_html(row: dict[str, Any], count: int) -> str:
     )
 
 
-def _message_html(value: Any) -> str:
+def _message_html(value: object) -> str:
     """The HTML of a text, or of the messages of a chat with their roles."""
     if not isinstance(value, list):
         plain_text = value if isinstance(value, str) else "" if value is None else json.dumps(value)

@@ -82,13 +82,13 @@ class AnswerReward:
             self._score_completion(text_of(c), a) for c, a in zip(completions, answers, strict=True)
         ]
 
-    def _score_completion(self, text: str, answer: Any) -> Score:
+    def _score_completion(self, text: str, answer: object) -> Score:
         if answer is None:
             return None
         compared_text = inside_tag(text, self.tag) if self.tag else text
         return 0.0 if compared_text is None else self.score(compared_text, answer)
 
-    def score(self, text: str, answer: Any) -> Score:
+    def score(self, text: str, answer: object) -> Score:
         raise NotImplementedError
 
 
@@ -99,7 +99,7 @@ class ExactMatch(AnswerReward):
     name: ClassVar[str] = "exact_match"
     ignore_case: bool = False
 
-    def score(self, text: str, answer: Any) -> Score:
+    def score(self, text: str, answer: object) -> Score:
         guess, gold = " ".join(text.split()), " ".join(str(answer).split())
         if self.ignore_case:
             guess, gold = guess.casefold(), gold.casefold()
@@ -122,7 +122,7 @@ class NumericMatch(AnswerReward):
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
             raise ConfigError(f"numeric_match: tolerance must be in [0, 1), not {self.tolerance}")
 
-    def score(self, text: str, answer: Any) -> Score:
+    def score(self, text: str, answer: object) -> Score:
         gold = to_number(answer)
         if gold is None:
             return None

@@ -57,14 +57,14 @@ def _escape_surrogates(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def to_safe_json(value: Any) -> Any:
+def to_safe_json(value: object) -> Any:
     """Convert ``value`` to values that strict JSON allows. Secrets are removed. The length of texts
     and the number of items are limited.
     """
     return _saveable(value, [MAX_ITEMS])
 
 
-def _saveable(value: Any, remaining_items: list[int]) -> Any:
+def _saveable(value: object, remaining_items: list[int]) -> Any:
     remaining_items[0] -= 1
     if remaining_items[0] < 0:
         return "..."
@@ -95,7 +95,7 @@ def _safe_log_function(
     convert_values: Callable[[Any], Any],
     convert_name: Callable[[Any], str],
 ) -> Callable[[str, Any], None]:
-    def log_safely(name: str, value: Any) -> None:
+    def log_safely(name: str, value: object) -> None:
         log(safe_text(convert_name(name), MAX_NAME_CHARACTERS), convert_values(value))
 
     return log_safely
@@ -108,7 +108,7 @@ def metric_name(name: Any) -> str:
     return text
 
 
-def metric_value(value: Any) -> float:
+def metric_value(value: object) -> float:
     """The value of a metric as a float. Raises TypeError if the value is not a number, because the
     trainer computes the mean of a metric.
     """
@@ -121,7 +121,7 @@ def metric_value(value: Any) -> float:
         raise TypeError("log_metric needs a number that is in the range of a float") from None
 
 
-def extra_values(value: Any) -> list[Any] | tuple[Any, ...]:
+def extra_values(value: object) -> list[Any] | tuple[Any, ...]:
     """The values that a reward passed to ``log_extra``, as a list or tuple for completions.jsonl.
 
     Raises TypeError if ``value`` is not a list, tuple, array or tensor. Raises ValueError if an
@@ -137,7 +137,7 @@ def extra_values(value: Any) -> list[Any] | tuple[Any, ...]:
     return items
 
 
-def _check_depth(value: Any, levels: int) -> None:
+def _check_depth(value: object, levels: int) -> None:
     if not isinstance(value, dict | list | tuple):
         return
     if levels < 0:
@@ -146,7 +146,7 @@ def _check_depth(value: Any, levels: int) -> None:
         _check_depth(item, levels - 1)
 
 
-def _shorten_texts(value: Any) -> list[Any]:
+def _shorten_texts(value: object) -> list[Any]:
     """The values that a reward passed to ``log_extra``, with shortened texts. Other values are
     unchanged.
     """

@@ -29,7 +29,7 @@ class MathVerify(AnswerReward):
     def __post_init__(self) -> None:
         _import_math_verify()
 
-    def score(self, text: str, answer: Any) -> Score:
+    def score(self, text: str, answer: object) -> Score:
         try:
             return call_within(self.seconds_each, lambda: _verify(text, str(answer)))
         except OutOfTime:

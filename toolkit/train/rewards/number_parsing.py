@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 # The maximum number of digits and the largest exponent. Larger numbers are ignored, because a
 # number such as 1e999999999 would fill the memory.
@@ -80,7 +80,7 @@ def answer_in(text: str) -> Number | None:
     return _last_number(text) if boxed_number is None else boxed_number
 
 
-def to_number(value: Any) -> Number | None:
+def to_number(value: object) -> Number | None:
     """The answer of a dataset row (an int, a float, or a text) as a number. None if the answer
     contains no number.
     """

@@ -124,7 +124,7 @@ def call_reward(
         raise UserCodeFailed(failure_from(error)) from error
 
 
-def copy_containers(value: Any) -> Any:
+def copy_containers(value: object) -> Any:
     """``value`` with copies of all its lists and dicts, so that a reward cannot change the
     arguments of other rewards.
     """

@@ -45,7 +45,7 @@ class UserCodeFailed(Exception):
         self.failure = failure
 
 
-def check_scores(returned: Any, size: int) -> list[Score | Failure]:
+def check_scores(returned: object, size: int) -> list[Score | Failure]:
     """Check the value that a reward returned for ``size`` completions.
 
     The result has one item per completion: a finite float, None, or a Failure for an invalid value.
@@ -87,7 +87,7 @@ def _items_of(returned: Any) -> list[Any] | tuple[Any, ...] | None:
     return None
 
 
-def _check_score(value: Any) -> Score | Failure:
+def _check_score(value: object) -> Score | Failure:
     if value is None:
         return None
     try:
@@ -109,7 +109,7 @@ def _check_score(value: Any) -> Score | Failure:
     return number
 
 
-def _unwrap_scalar(value: Any) -> Any:
+def _unwrap_scalar(value: object) -> Any:
     """Return the number in ``value`` if it is an array or tensor with one item. Otherwise, return
     ``value`` unchanged.
     """
@@ -146,7 +146,7 @@ def exception_summary(error: BaseException) -> str:
     return f"{_type_name(error)}: {_one_line(text)}"
 
 
-def _type_name(value: Any) -> str:
+def _type_name(value: object) -> str:
     return _one_line(str(type.__getattribute__(type(value), "__name__"))[:_MAX_NAME_CHARACTERS])
 
 
@@ -159,7 +159,7 @@ def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def short_repr(value: Any) -> str:
+def short_repr(value: object) -> str:
     """The first 200 characters of a value's ``repr``. Works even if ``repr`` raises."""
     try:
         text = repr(value)
@@ -168,6 +168,6 @@ def short_repr(value: Any) -> str:
     return _one_line(text if len(text) <= 200 else f"{text[:200]}...")
 
 
-def _close_coroutine(returned: Any) -> None:
+def _close_coroutine(returned: object) -> None:
     if isinstance(returned, Coroutine):  # otherwise Python warns that it was never awaited
         returned.close()

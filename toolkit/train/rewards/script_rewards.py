@@ -42,7 +42,7 @@ def wrap_reward_funcs(reward_funcs: Any) -> Any:
     return None if reward_funcs is None else _wrap_reward(reward_funcs)
 
 
-def _wrap_reward(reward: Any) -> Any:
+def _wrap_reward(reward: object) -> Any:
     if isinstance(reward, (str, GuardedReward)) or hasattr(reward, "parameters"):
         return reward  # the name of a reward model, a reward of a run file, or a torch module
     name = _metric_name(reward)
@@ -75,7 +75,7 @@ def _wrap_async(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
     return call
 
 
-def _check_result(returned: Any, name: str) -> list[float | None]:
+def _check_result(returned: object, name: str) -> list[float | None]:
     """Return the values that a reward returned, as floats or None. NaN becomes None, because TRL
     treats NaN in the same way as None.
 
@@ -116,7 +116,7 @@ def _is_nan(text: str) -> bool:
         return text == "tensor(nan)"
 
 
-def _metric_name(reward: Any) -> str:
+def _metric_name(reward: object) -> str:
     """The name of the function in metrics, as in ``trl.trainer.utils.get_callable_name`` (TRL
     1.16).
     """

@@ -118,7 +118,7 @@ def run_user_code(call: Callable[[], Any]) -> Any:
         raise UserCodeFailed(failure_from(error)) from error
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """Return ``value`` as the text for the model. Raises UserCodeFailed if it is too long."""
     try:
         text = value if type(value) is str else str(value)

@@ -226,7 +226,7 @@ class Service:
 
 
 def _log_collector(logged: list[list[Any]], log_function: str) -> Callable[[str, Any], None]:
-    def log(key: str, value: Any) -> None:
+    def log(key: str, value: object) -> None:
         if len(logged) < MAX_LOGGED_VALUES:
             if log_function == "log_metric":
                 logged_name, logged_value = metric_name(key), metric_value(value)
@@ -237,7 +237,7 @@ def _log_collector(logged: list[list[Any]], log_function: str) -> Callable[[str,
     return log
 
 
-def to_json_value(value: Any) -> Any:
+def to_json_value(value: object) -> Any:
     """Convert ``value`` to JSON values. Tensors and arrays become lists of numbers. Objects of
     other types become text.
     """

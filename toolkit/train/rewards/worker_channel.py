@@ -70,7 +70,7 @@ class ChannelError(Exception):
     """Raised if the other process has closed the pipe or sent an invalid message."""
 
 
-def pack(message: Any) -> bytes:
+def pack(message: object) -> bytes:
     """Return ``message`` as the bytes of a frame. Raises TypeError or ValueError if a value cannot
     be sent.
     """
@@ -133,7 +133,7 @@ def _read_exactly(fd: int, size: int) -> bytes | None:
     return bytes(data)
 
 
-def _encode_tagged(value: Any) -> Any:
+def _encode_tagged(value: object) -> Any:
     for value_type, encode in _ENCODERS.items():
         if type(value) is value_type:
             return {_TAG: value_type.__name__, "value": encode(value)}

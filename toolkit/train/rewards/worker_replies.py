@@ -47,12 +47,12 @@ def is_valid(request: dict[str, Any], reply: dict[str, Any]) -> bool:
     return isinstance(reply.get("found"), list)
 
 
-def is_failure(value: Any) -> bool:
+def is_failure(value: object) -> bool:
     """Whether ``value`` is a list of the fields of a ``Failure`` (the description of an error)."""
     return _is_text_list(value, 1, _FAILURE_FIELDS)
 
 
-def _is_text_list(value: Any, min_texts: int, max_items: int) -> bool:
+def _is_text_list(value: object, min_texts: int, max_items: int) -> bool:
     """Whether ``value`` is a list with ``min_texts`` to ``max_items`` items. The first
     ``min_texts`` items must be texts. Each other item must be a text or None.
     """

@@ -149,7 +149,7 @@ def _read_reply(reply: dict[str, Any], batch: Batch) -> list[Score | Failure]:
     return scores
 
 
-def _read_score(value: Any) -> Score | Failure:
+def _read_score(value: object) -> Score | Failure:
     if not isinstance(value, list):
         return check_scores([value], 1)[0]
     if not is_failure(value):
@@ -162,7 +162,7 @@ def _sendable_fields(trainer_state: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(trainer_state).items() if _can_send(value)}
 
 
-def _can_send(value: Any) -> bool:
+def _can_send(value: object) -> bool:
     try:
         worker_channel.pack(value)
     except (TypeError, ValueError, RecursionError):

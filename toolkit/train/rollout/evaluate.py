@@ -16,6 +16,8 @@ from toolkit.train.data.prompt_format import token_ids
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from toolkit.config.run_config import RunConfig
     from toolkit.train.data.prompt_format import TemplateArguments
     from toolkit.train.rewards import Rewards
@@ -47,7 +49,7 @@ class Evaluation:
         }
 
 
-def engine_of(model: Any, tokenizer: Any) -> Any:
+def engine_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the vLLM engine of ``model``. If the model has no engine, return an object with the
     same interface that generates with transformers.
     """
@@ -100,8 +102,8 @@ def describe_evaluation(config: RunConfig, requested: bool | None) -> str:
 
 
 def evaluate(  # noqa: PLR0913 - all arguments are needed
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     dataset: Any,
     rewards: Rewards,
     *,

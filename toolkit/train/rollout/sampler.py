@@ -37,7 +37,7 @@ from toolkit.train.trainer_seam import unwrapped
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel
 
     from toolkit.config.sampling_keywords import Engine
     from toolkit.engine.rollout_engine import RolloutEngine
@@ -65,7 +65,7 @@ class Timers:
         return seconds
 
 
-def find_engine(model: Any) -> RolloutEngine | None:
+def find_engine(model: PreTrainedModel) -> RolloutEngine | None:
     """Return the engine that ``FastLanguageModel`` attached to the model, or None. If the model is
     wrapped (by PEFT or others), the wrapped models are searched too.
     """
@@ -80,7 +80,7 @@ def find_engine(model: Any) -> RolloutEngine | None:
     return None
 
 
-def sampler_name(model: Any, config: Any) -> Engine:
+def sampler_name(model: PreTrainedModel, config: Any) -> Engine:
     """Return which library samples the completions of a trainer of ``model`` with ``config``:
     "vllm" or "transformers".
 
@@ -92,7 +92,7 @@ def sampler_name(model: Any, config: Any) -> Engine:
     return "vllm" if getattr(config, "use_vllm", False) else "transformers"
 
 
-def check_generation_kwargs(model: Any, config: Any, *, tools: bool = False) -> None:
+def check_generation_kwargs(model: PreTrainedModel, config: Any, *, tools: bool = False) -> None:
     """Check that the library that samples for ``model`` supports every keyword in
     ``generation_kwargs``.
 

@@ -42,20 +42,20 @@ class LossScope:
     scored_BT: torch.Tensor | None = None
 
 
-def base_of(model: Any) -> Any:
+def base_of(model: PreTrainedModel) -> Any:
     """The causal language model inside wrappers of DDP and PEFT."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def has_router_loss(model: Any) -> bool:
+def has_router_loss(model: PreTrainedModel) -> bool:
     """Whether the model's config enables a router loss (as TRL 1.16 reads it)."""
     config = base_of(model).config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", 0.0)
     return hasattr(config, "output_router_logits") and weight != 0.0
 
 
-def reason_against_packs(model: Any) -> str | None:
+def reason_against_packs(model: PreTrainedModel) -> str | None:
     """Why packs cannot be used for this model, according to its class and config. None if packs can
     be used.
     """
@@ -73,7 +73,7 @@ def reason_against_packs(model: Any) -> str | None:
     return None
 
 
-def install_packed_attention(model: Any, padded_pass: Callable[..., Any]) -> str | None:
+def install_packed_attention(model: PreTrainedModel, padded_pass: Callable[..., Any]) -> str | None:
     """Install packed attention on ``model``, and compare its results once with TRL's padded pass
     ``padded_pass``.
 
@@ -118,7 +118,7 @@ def _probe_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, t
 
 
 @torch.no_grad()
-def _difference_from_padded(model: Any, padded_pass: Callable[..., Any]) -> str | None:
+def _difference_from_padded(model: PreTrainedModel, padded_pass: Callable[..., Any]) -> str | None:
     """Compare the packed and the padded pass on a small batch. Return a text that says how the
     results differ, or None if they agree.
 
@@ -151,7 +151,10 @@ def _difference_from_padded(model: Any, padded_pass: Callable[..., Any]) -> str 
 
 
 def _logps(
-    model: Any, rows: Sequence[Row], completions_BT: torch.Tensor, scored_BT: torch.Tensor
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    completions_BT: torch.Tensor,
+    scored_BT: torch.Tensor,
 ) -> tuple[torch.Tensor, PackedLayout]:
     """The log-probabilities (B, T) from one pack of ``rows``, and the layout of the pack. The
     layout records the sliding windows that the layers passed to the attention function.
@@ -163,7 +166,7 @@ def _logps(
     return logps, pack.layout
 
 
-def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
+def _missing_windows(model: PreTrainedModel, layout: PackedLayout) -> str | None:
     """Return the reason why packs (rows merged without padding) would ignore a sliding window of
     the model. Return None if packs apply all sliding windows of the model.
 
@@ -185,7 +188,7 @@ def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
 
 
 def score_batch(
-    model: Any,
+    model: PreTrainedModel,
     batch: tuple[torch.Tensor, torch.Tensor, int],
     scope: LossScope,
     max_tokens: int | None,

@@ -25,6 +25,8 @@ from toolkit.train.step.step_errors import logger
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from transformers import PreTrainedModel
+
     from toolkit.train.step.packing import Row
 
 
@@ -53,7 +55,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     _loss_inputs: dict[str, Any] | None = None
     _reported_refusal: bool = False
 
-    def merge_micro_batches(self, args: Any, model: Any) -> None:
+    def merge_micro_batches(self, args: Any, model: PreTrainedModel) -> None:
         """Merge the micro-batches of one optimizer step into one batch.
 
         Later ``row_parts`` splits the merged batch by the lengths of its rows, and keeps the
@@ -172,7 +174,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
     # --- the rows and tokens that a pass computes
 
-    def _reason_against_packs(self, model: Any) -> str | None:
+    def _reason_against_packs(self, model: PreTrainedModel) -> str | None:
         """Why packs are not used for ``model``, or None if they are used. The reason is logged
         once.
         """
@@ -191,7 +193,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         """TRL's own forward pass of a padded batch. The trainer class defines it."""
         raise NotImplementedError
 
-    def _padded_pass(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def _padded_pass(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         """Compute log-probabilities with TRL's padded pass: those of the policy, the old policy or
         the reference. They are taken under the distribution that the completions were sampled from.
         """
@@ -227,7 +229,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
     def logps_and_entropies(
         self,
-        model: Any,
+        model: PreTrainedModel,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         logits_to_keep: int,

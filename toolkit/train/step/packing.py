@@ -26,6 +26,8 @@ from toolkit.policy.packed_attention import LAYOUT_KEYWORD, PackedLayout, Segmen
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import PreTrainedModel
+
 NO_LABEL = -100
 BATCH_KEYWORD = "packed_batch"
 """The keyword argument that passes the padded batch of a pack to ``sampled_head``."""
@@ -149,7 +151,7 @@ def build_pack(
 
 
 def forward_pack(
-    model: Any, pack: Pack, batch: tuple[torch.Tensor, torch.Tensor, int] | None = None
+    model: PreTrainedModel, pack: Pack, batch: tuple[torch.Tensor, torch.Tensor, int] | None = None
 ) -> Any:
     """Run one pass over ``pack``, and return the output of the head: ``log_probs`` and ``entropy``,
     (1, N).

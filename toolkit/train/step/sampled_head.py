@@ -33,6 +33,8 @@ from toolkit.train.trainer_seam import unwrapped
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from transformers import PreTrainedModel
+
     from toolkit.train.trainer_seam import TrainerSeam
 
 
@@ -49,7 +51,7 @@ class HeadOutput(NamedTuple):
 
 
 @contextmanager
-def sampled_head_installed(trainer: TrainerSeam, model: Any) -> Iterator[None]:
+def sampled_head_installed(trainer: TrainerSeam, model: PreTrainedModel) -> Iterator[None]:
     """A context manager. In its block, the head of ``model`` computes the distribution that the
     completions were sampled from.
 
@@ -90,7 +92,11 @@ def sampled_head_installed(trainer: TrainerSeam, model: Any) -> Iterator[None]:
 
 
 def _forward_padded(
-    model: Any, distribution: Distribution, args: Any, kwargs: dict[str, Any], labels: torch.Tensor
+    model: PreTrainedModel,
+    distribution: Distribution,
+    args: Any,
+    kwargs: dict[str, Any],
+    labels: torch.Tensor,
 ) -> HeadOutput:
     """The forward pass of a padded batch: the backbone at all positions, and the head only at
     positions whose next label is not -100.
@@ -117,7 +123,9 @@ def _forward_padded(
     return HeadOutput(logps, entropy, _router_loss(config, outputs, kwargs))
 
 
-def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]) -> HeadOutput:
+def _forward_pack(
+    model: PreTrainedModel, distribution: Distribution, kwargs: dict[str, Any]
+) -> HeadOutput:
     """The forward pass of a pack. Each label of a pack is at the position of the token that
     predicts the label, so the labels are not shifted. The results have the shape (1, N).
     """
@@ -152,7 +160,7 @@ class ChunkedHead:
     """
 
     def __init__(
-        self, model: Any, distribution: Distribution, history: TokenHistory | None
+        self, model: PreTrainedModel, distribution: Distribution, history: TokenHistory | None
     ) -> None:
         self.layer = model.get_output_embeddings()
         self.distribution, self.history = distribution, history

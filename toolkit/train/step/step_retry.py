@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from transformers import PreTrainedModel
+
     from toolkit.train.trainer_seam import TrainerSeam
 
 MAX_SPLIT = 64
@@ -37,7 +39,7 @@ class StepAttempt:
     before the micro-step. After a failed attempt, the gradients, metrics and progress are restored.
     """
 
-    def __init__(self, trainer: TrainerSeam, model: Any) -> None:
+    def __init__(self, trainer: TrainerSeam, model: PreTrainedModel) -> None:
         self.trainer, self.model = trainer, model
         self.inputs: Any = None
         self._gradients = [
@@ -139,7 +141,7 @@ class StepAttempt:
 
 def loss_in_parts(
     trainer: TrainerSeam,
-    model: Any,
+    model: PreTrainedModel,
     inputs: dict[str, Any],
     parts: list[torch.Tensor],
     compute_loss: Callable[[Any], Any],
@@ -207,7 +209,7 @@ def _combine(name: str, values: list[float], weights: list[float]) -> float:
     return sum(value * weight for value, weight in weighted_values) / total
 
 
-def skip_step(trainer: TrainerSeam, model: Any) -> None:
+def skip_step(trainer: TrainerSeam, model: PreTrainedModel) -> None:
     """Skip a step whose loss or gradient is not finite. The weights do not change.
 
     Raises:
@@ -281,7 +283,7 @@ def split_inputs(
     return weighted_parts
 
 
-def _select_rows(value: Any, part: torch.Tensor, size: int) -> Any:
+def _select_rows(value: object, part: torch.Tensor, size: int) -> Any:
     """``value`` with only the rows in ``part``, if ``value`` has one item per row. Other values are
     returned unchanged.
     """
