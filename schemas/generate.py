@@ -89,7 +89,7 @@ def toolkit_keys() -> dict[str, Any]:
             "title": "Dynamic sampling",
             "description": "If all completions of a prompt (a group) get the same reward, the "
             "group gives no gradient. true: before the training step, such a group is replaced by "
-            "a group for another prompt of the data set (DAPO, section 3.2). This costs additional "
+            "a group for another prompt of the dataset (DAPO, section 3.2). This costs additional "
             "rollouts and reward calls, but no additional memory.",
             "type": "boolean",
             "default": False,

@@ -102,4 +102,4 @@ def test_impossible_chat_settings_are_errors(instruct: Path, tmp_path: Path) -> 
     folder = world(tmp_path / "w", instruct, dataset={"path": None})
     (result,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert result.returncode == 1
-    assert "the run file names no data set, so there are no prompts to train on" in result.stderr
+    assert "the run file names no dataset, so there are no prompts to train on" in result.stderr

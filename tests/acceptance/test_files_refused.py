@@ -31,7 +31,7 @@ def make_special_file(path: Path, kind: str) -> Path:
 
 
 def make_run_file(folder: Path) -> Path:
-    """A run file over a model's folder and a data set of its own."""
+    """A run file over a model's folder and a dataset of its own."""
     (folder / "model").mkdir()
     for file in (PARTS / "model").iterdir():
         (folder / "model" / file.name).write_bytes(file.read_bytes())

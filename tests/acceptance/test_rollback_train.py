@@ -112,7 +112,7 @@ def test_foreign_folders_in_the_run_folder_change_nothing(run_file, tmp_path):
 
 def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
     def unjudged():
-        """What validate cannot count (a hub's data set) is counted when it has been read."""
+        """What validate cannot count (a hub's dataset) is counted when it has been read."""
         from toolkit.train import user_code
 
         read = user_code.load_data

@@ -79,7 +79,7 @@ def test_other_architectures_are_sized(model, name):
 
 
 def test_a_run_file_is_sized(run_file):
-    """A data set that is not here stops nothing."""
+    """A dataset that is not here stops nothing."""
     text = run_envcheck("size", run_file, "--gpu", "h100").stdout
     assert "model.max_lora_rank              32" in text
 

@@ -1,6 +1,6 @@
 """A quantization that vLLM's CPU engine can run, registered where vLLM lets anyone register one:
-4-bit codes in the layout of vLLM's bitsandbytes layers (``engine.weights.is_packed``), dequantized
-at every call, as bitsandbytes does on a GPU.
+4-bit codes in the layout of vLLM's bitsandbytes layers (``engine.live_weights.is_packed``),
+dequantized at every call, as bitsandbytes does on a GPU.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ _NOUNS = (
 _EACH = "card|file|head|layer|line|parameter|process|prompt|rank|run|sequence|step|token"
 IDIOMS = {
     r"hangs? on(?! in\b)": "depends on",
+    r"data sets?\b": "dataset",
     rf"(?<!there )(?:is|are) no (?:{_NOUNS})s?": "is not a, must be a",
     r"(?:that|which|what) (?:is|are) none": "that does not exist, an invalid one",
     r"gives? back|gave back": "frees, returns",

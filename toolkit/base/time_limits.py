@@ -99,7 +99,7 @@ def _call_in_thread(seconds: float, call: Callable[[], T]) -> T:
         except BaseException as error:  # noqa: BLE001 - the error is raised again in the caller's thread
             outcome.set_exception(error)
 
-    threading.Thread(target=work, daemon=True, name="reward").start()
+    threading.Thread(target=work, daemon=True, name="toolkit-time-limit").start()
     if not wait([outcome], seconds).done:
         raise OutOfTime(f"took longer than {seconds:g} s")
     return outcome.result()

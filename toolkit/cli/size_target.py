@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from toolkit.config.resolved import Situation
 
 RUN_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
-# Sections that do not change the size. Sizing ignores errors in them, such as a missing data set.
+# Sections that do not change the size. Sizing ignores errors in them, such as a missing dataset.
 SECTIONS_WITHOUT_SIZE = ("dataset", "reward")
 CARD_RULES = ("HW001", "LOAD002", "LOAD004", "LOAD005")
 STRUCTURE_RULE_PREFIXES = ("DOC", "YAML", "KEY", "TYPE", "SAFE")

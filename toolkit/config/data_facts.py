@@ -1,8 +1,8 @@
-"""Read the facts that the rules check from the files of a data set: its columns, and how many
+"""Read the facts that the rules check from the files of a dataset: its columns, and how many
 prompts are empty or repeated.
 
 JSONL, JSON and CSV files are read up to a limit. From Parquet files and saved folders, only the
-column names are read. Data sets on the hub are not read.
+column names are read. Datasets on the hub are not read.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 MAX_LISTING_BYTES = 64 << 20
 """The maximum number of bytes that are unpacked to list the files in an archive."""
-NO_DATA = "the run file names no data set, so there are no prompts to train on"
+NO_DATA = "the run file names no dataset, so there are no prompts to train on"
 
 
 def read_data_facts(document: Document, key: str) -> DataFacts | None:
-    """Return the facts of the data set at ``dataset.path`` (``key`` is "path") or
+    """Return the facts of the dataset at ``dataset.path`` (``key`` is "path") or
     ``dataset.eval_path`` (``key`` is "eval_path"). Return None if the key is not set or its path
     does not exist.
     """
@@ -169,7 +169,7 @@ def _check_decompression_bomb(file: IO[bytes]) -> None:
 
 
 def _folder_columns(folder: Path, split: str) -> tuple[str, ...] | None:
-    """Return the column names of a data set that ``save_to_disk`` of the datasets library wrote to
+    """Return the column names of a dataset that ``save_to_disk`` of the datasets library wrote to
     ``folder``; None if they are unknown.
     """
     from toolkit.config.model_facts import read_json  # noqa: PLC0415 - only saved folders need it

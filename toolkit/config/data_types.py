@@ -1,4 +1,4 @@
-"""Check the rows of a data set. All values of a column must have one type, and prompts must be
+"""Check the rows of a dataset. All values of a column must have one type, and prompts must be
 texts or chats.
 
 Validation and training report problems with the messages of this module. Training also uses

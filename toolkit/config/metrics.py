@@ -88,7 +88,7 @@ METRICS = {
     "dynamic_sampling/discarded_completions": "The number of completions that were drawn and "
     "not trained on.",
     "dynamic_sampling/discarded_tokens": "The number of tokens of discarded completions.",
-    "curriculum/measured_share": "The share of the data set that was drawn so far.",
+    "curriculum/measured_share": "The share of the dataset that was drawn so far.",
     "curriculum/repeated_share": "The share of the batch's prompts that were drawn before.",
     "curriculum/expected_spread": "The mean standard deviation of the rewards, in earlier "
     "draws, of prompts that were chosen again. The curriculum prefers large values.",

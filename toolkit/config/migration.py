@@ -115,7 +115,7 @@ FORCED_KEYS = {
     ),
     "grpo.include_num_input_tokens_seen": "num_tokens in metrics.jsonl counts the tokens",
     "grpo.include_for_metrics": "GRPO evaluates with rewards and has no compute_metrics",
-    "grpo.remove_unused_columns": "rewards always get every column of the data set",
+    "grpo.remove_unused_columns": "rewards always get every column of the dataset",
     "grpo.ddp_backend": "processes communicate over NCCL if they have GPUs, else over gloo",
 }
 # Fields that have no effect in GRPO, and the reason.

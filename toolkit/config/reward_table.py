@@ -17,7 +17,7 @@ BUILTIN_OPTIONS: dict[str, dict[str, bool]] = {
     "math_verify": {"column": False, "tag": False, "seconds_each": False},
 }
 
-# The arguments that TRL 1.16 passes to every reward in addition to the columns of the data set
+# The arguments that TRL 1.16 passes to every reward in addition to the columns of the dataset
 # (GRPOTrainer._calculate_rewards). A column with one of these names does not reach the rewards.
 ALWAYS_PASSED = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",

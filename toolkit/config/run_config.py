@@ -76,7 +76,7 @@ class LoraSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSection:
-    """The data set that contains the prompts. ``path`` is a file, a folder that ``save_to_disk`` of
+    """The dataset that contains the prompts. ``path`` is a file, a folder that ``save_to_disk`` of
     the datasets library wrote, or a hub id. A run without ``path`` and without an environment is
     refused, because it has no prompts. ``config.chat_format`` resolves ``chat`` "auto".
     """

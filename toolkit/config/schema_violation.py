@@ -104,8 +104,6 @@ def _type_fault(value: object, schema: dict[str, Any]) -> SchemaViolation:
         return SchemaViolation("KEY006", f"null is not allowed here: the value must be {expected}")
     fixes: tuple[Any, ...] = ()
     if isinstance(value, str):
-        from toolkit.config.schema_violation import coerce  # noqa: PLC0415 - only for a violation
-
         fixes = coerce(value, schema, value_fault)
     elif (
         isinstance(value, float) and value.is_integer() and value_fault(int(value), schema) is None

@@ -48,11 +48,10 @@ def to_toolkit_error(problem: BaseException, failure: str, fix: str | None = Non
     """
     if known_error := explain_error(problem, failure, RESTART_ADVICE if fix else ""):
         return known_error
-    first = problem
-    message = f"{failure}: {_text_of(first)}"
-    base_classes = type(first).__mro__
+    message = f"{failure}: {_text_of(problem)}"
+    base_classes = type(problem).__mro__
     if fix is None and (
-        isinstance(first, REJECTIONS)
+        isinstance(problem, REJECTIONS)
         or any(k.__name__ == VALIDATION_ERROR_NAME for k in base_classes)
     ):
         return ConfigError(message, where="vLLM", fix="change the option that vLLM names")

@@ -92,7 +92,7 @@ def get_chat_template(
 
 def standardize_data_formats(dataset: Any, *, column: str | None = None) -> Any:
     """Convert the chats of ``dataset`` to lists of messages with ``role`` and ``content``. Returns
-    a new data set of the datasets library.
+    a new dataset of the datasets library.
 
     The keys ``from`` and ``value`` of the ShareGPT format are renamed. Messages that already have
     role and content stay unchanged. If ``column`` is None, the first existing column of
@@ -102,7 +102,7 @@ def standardize_data_formats(dataset: Any, *, column: str | None = None) -> Any:
     chat_column = next((name for name in candidates if name in dataset.column_names), None)
     if chat_column is None:
         raise ConfigValueError(
-            f"the data set has no column {' or '.join(candidates)}. Its columns are "
+            f"the dataset has no column {' or '.join(candidates)}. Its columns are "
             f"{', '.join(dataset.column_names)}",
             where="standardize_data_formats",
             fix="pass the name of the column with the chats as column=...",

@@ -215,10 +215,6 @@ def follow_dtype(config: Any, dtype: torch.dtype, *, engine: bool) -> None:
     config.mixed_precision = enabled_field or "no"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def use_one_gpu(config: Any) -> None:
     """Make the process train only on the first GPU that CUDA sees. The pre-flight checks
     inspected this GPU.

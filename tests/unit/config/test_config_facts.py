@@ -1,4 +1,4 @@
-"""Facts about models and data sets that rules read besides the run file. Some of the files are
+"""Facts about models and datasets that rules read besides the run file. Some of the files are
 hostile.
 """
 
@@ -31,7 +31,7 @@ def parse_run_file(folder: Path, text: str) -> Document:
 
 
 def data_facts(folder: Path, path: str, prompt: str = "prompt") -> DataFacts:
-    """The facts of a data set."""
+    """The facts of a dataset."""
     result = read_data_facts(
         parse_run_file(folder, f"dataset: {{path: {path}, prompt: {prompt}}}"), "path"
     )

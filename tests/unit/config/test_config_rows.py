@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def row_findings(
     folder: Path, world_size: int = 1, rows: int | None = 12, **changes: Any
 ) -> list[Finding]:
-    """The findings of GRPO043 on a run with ``rows`` rows. None means that the data set is not on
+    """The findings of GRPO043 on a run with ``rows`` rows. None means that the dataset is not on
     this machine.
     """
     if rows is not None:

@@ -179,7 +179,7 @@ def test_a_damaged_saved_folder_is_an_error(tmp_path: Path, damage, error) -> No
             {"eval_split": "test"},
             "is a single file without splits, but the run file sets the split 'test'",
         ),
-        ({"path": None}, "the run file names no data set, so there are no prompts to train on"),
+        ({"path": None}, "the run file names no dataset, so there are no prompts to train on"),
     ],
 )
 def test_invalid_dataset_sections_are_refused(

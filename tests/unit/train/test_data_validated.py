@@ -1,4 +1,4 @@
-"""What training refuses of a data set, validate has refused first, with the same words; and what
+"""What training refuses of a dataset, validate has refused first, with the same words; and what
 validate refuses, training does not take.
 """
 

@@ -123,7 +123,7 @@ def test_metrics_and_columns_describe_the_trained_completions(runs: SimpleNamesp
 
 @pytest.mark.parametrize(
     ("limit", "steps", "rounds", "why"),
-    [(2, 2, 2, "max_resample_times is 2"), (50, 1, 11, "all 24 rows of the data set were drawn")],
+    [(2, 2, 2, "max_resample_times is 2"), (50, 1, 11, "all 24 rows of the dataset were drawn")],
 )
 def test_groups_left_after_the_last_round_are_kept_with_a_warning(
     tmp_path: Any, limit: int, steps: int, rounds: int, why: str
@@ -250,7 +250,7 @@ def test_arguments_that_exclude_it_are_refused_at_construction(tmp_path: Any) ->
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
     refused("train_dataset is a stream", stream)
     refused(
-        "curriculum=True reads rows of the data set by their index", stream, {"curriculum": True}
+        "curriculum=True reads rows of the dataset by their index", stream, {"curriculum": True}
     )
     for fields, match in (
         ({"dynamic_sampling": 3}, "dynamic_sampling=3 must be True or False"),

@@ -123,7 +123,7 @@ _TOP = (
     Row("datasets.data_files", "dataset.path", "dataset.path can name a file instead of a hub id"),
     Row("datasets.revision", "dataset.revision"),
     *omit("the name of the file determines its type", "datasets.ds_type"),
-    *refused("this code changes the rows of the data set. Write the changed rows to a file, or "
+    *refused("this code changes the rows of the dataset. Write the changed rows to a file, or "
              "set dataset.prompt to the prompt column of the unchanged rows",
              "datasets.type"),
     Row("test_datasets.path", "dataset.eval_path"),

@@ -94,7 +94,7 @@ class _ScriptReader:
             self.read_arguments(call, name, _CALL_PREFIXES[name])
         elif name in _ROW_CHANGES and isinstance(call.func, ast.Attribute) and self.has_data_set:
             why = (
-                "this code changes the rows of the data set. Write the changed rows to a file, "
+                "this code changes the rows of the dataset. Write the changed rows to a file, "
                 "or set dataset.prompt to the prompt column of the unchanged rows"
             )
             self.foreign.record_unread(
@@ -356,7 +356,7 @@ def _other_rows() -> Iterator[Row]:
     data = "load_dataset."
     yield from rows("dataset", "path", "name", "split", "revision", prefix=data)
     yield Row(f"{data}data_files", "dataset.path", convert=later)
-    yield Row(f"{data}*", None, "the data set is always read completely")
+    yield Row(f"{data}*", None, "the dataset is always read completely")
     yield Row("adapter", "lora", "a run always trains an adapter", later)
 
 

@@ -43,7 +43,7 @@ _PROMPTS = ("query", "problem", "question", "messages")
 def _data_set_name(value: object) -> str:
     sets = as_list(value)
     if len(sets) != 1:
-        raise UnsupportedValue("a run reads only one data set: join the data sets into one file")
+        raise UnsupportedValue("a run reads only one dataset: join the datasets into one file")
     return str(sets[0]).partition("#")[0].partition(":")[0]
 
 
@@ -206,7 +206,7 @@ _OWN_ROWS = (
     *omit("models and data come from the Hugging Face hub; download them first if they are on "
           "ModelScope",
           "use_hf", "model_type", "task_type"),
-    *omit("only ms-swift's data set self-cognition uses this setting",
+    *omit("only ms-swift's dataset self-cognition uses this setting",
           "model_author", "model_name"),
     *omit("the trainer packs sequences itself (runtime.padding_free)", "packing", "padding_free"),
     *omit("every GPU has a complete copy of the model",

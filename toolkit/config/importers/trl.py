@@ -99,7 +99,7 @@ DATA_ROWS = (
     Row("dataset_config", "dataset.name"),
     Row("dataset_train_split", "dataset.split"),
     Row("dataset_test_split", "dataset.eval_split"),
-    Row("dataset_streaming", None, "the data set is always read completely"),
+    Row("dataset_streaming", None, "the dataset is always read completely"),
     Row("datasets.path", "dataset.path"),
     Row("datasets.name", "dataset.name"),
     Row("datasets.split", "dataset.split"),
@@ -107,7 +107,7 @@ DATA_ROWS = (
     *refused("write a file that contains only the rows for the run",
              "datasets.data_dir", "datasets.columns",
              "datasets.fraction", "test_split_size"),
-    *omit("the data set is always read completely", "streaming"),
+    *omit("the dataset is always read completely", "streaming"),
 )  # fmt: skip
 SCRIPT_ROWS = (
     Row("reward_funcs", "reward.functions", convert=later),

@@ -38,9 +38,9 @@ def _string_in_file(run: Run, key: str) -> str | None:
     fix="prompt: question",
 )
 def columns_exist(run: Run) -> Iterator[RuleViolation]:
-    """dataset.prompt and dataset.answer are names of columns that the data set has.
+    """dataset.prompt and dataset.answer are names of columns that the dataset has.
 
-    The rule checks data sets that are on this machine: JSONL, JSON, CSV and Parquet files, and
+    The rule checks datasets that are on this machine: JSONL, JSON, CSV and Parquet files, and
     folders that save_to_disk wrote.
     """
     for path_key in _PATH_KEYS:
@@ -97,10 +97,10 @@ def prompts_are_filled_and_unique(run: Run) -> Iterator[RuleViolation]:
     severity=Severity.WARNING,
 )
 def data_exists(run: Run) -> Iterator[RuleViolation]:
-    """The data set is on this machine and can be read.
+    """The dataset is on this machine and can be read.
 
     A missing file is a warning, because the run may be meant for another machine (with --strict it
-    is an error). A file that exists but cannot be read is an error. Data sets of the hub are not
+    is an error). A file that exists but cannot be read is an error. Datasets of the hub are not
     looked up.
     """
     for path_key in _PATH_KEYS:
@@ -134,7 +134,7 @@ def data_exists(run: Run) -> Iterator[RuleViolation]:
     fix="remove split, and set eval_path: test.jsonl",
 )
 def files_have_no_splits(run: Run) -> Iterator[RuleViolation]:
-    """split and eval_split are only for hub data sets and folders that save_to_disk wrote.
+    """split and eval_split are only for hub datasets and folders that save_to_disk wrote.
 
     A single file has only one split, called train.
     """
@@ -277,8 +277,8 @@ def message_lists_need_chat(run: Run) -> Iterator[RuleViolation]:
 def data_set_is_set(run: Run) -> Iterator[RuleViolation]:
     """dataset.path is set, unless the run has an environment.
 
-    The prompts of a run come from the data set at dataset.path or from an environment.
-    grpo.max_steps sets the length of the run, but does not replace a data set.
+    The prompts of a run come from the dataset at dataset.path or from an environment.
+    grpo.max_steps sets the length of the run, but does not replace a dataset.
     """
     if run.value("dataset.path") is None and run.node("environment") is None:
         yield RuleViolation(

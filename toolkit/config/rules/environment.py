@@ -84,7 +84,7 @@ environment: {adapter: reasoning_gym, task: leg_counting}
     fix="remove dataset.path, or the section environment",
 )
 def one_source_of_prompts(run: Run) -> Iterator[RuleViolation]:
-    """Prompts come from a data set or from an environment, not from both.
+    """Prompts come from a dataset or from an environment, not from both.
 
     dataset.system and dataset.chat apply to the prompts of an environment too.
     """

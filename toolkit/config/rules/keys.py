@@ -164,7 +164,7 @@ def _disabled_by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
         for name in ("name", "revision"):
             yield (
                 f"dataset.{name}",
-                "it applies only to a hub data set, but the data is in local files",
+                "it applies only to a hub dataset, but the data is in local files",
             )
     prompts_are_texts = not any(
         data is not None and data.has_message_lists

@@ -208,7 +208,7 @@ def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
     """A reward function takes (prompts, completions, **columns).
 
     TRL calls the function with keyword arguments: prompts, completions, completion_ids,
-    trainer_state and others, and one argument for every other column of the data set. The function
+    trainer_state and others, and one argument for every other column of the dataset. The function
     must accept all of them. An argument that the function requires must be one of these arguments
     or an option of the function.
     """

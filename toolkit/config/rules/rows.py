@@ -53,7 +53,7 @@ grpo:
     fix="gradient_accumulation_steps: 64",
 )
 def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
-    """The data set has enough rows for at least one generation batch.
+    """The dataset has enough rows for at least one generation batch.
 
     A generation batch of N completions needs N / num_generations prompts over all processes, each
     from a different row. TRL drops rows that do not fill a generation batch, so with too few rows
@@ -147,14 +147,14 @@ grpo:
   generation_batch_size: 32
   num_generations: 8
 """,
-    fix="set dynamic_sampling: false, or add rows to the data set",
+    fix="set dynamic_sampling: false, or add rows to the dataset",
     severity=Severity.WARNING,
 )
 def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
-    """dynamic_sampling and curriculum need a data set that has more rows than a generation batch
+    """dynamic_sampling and curriculum need a dataset that has more rows than a generation batch
     has prompts.
 
-    Each of these features can replace rows of the batch by other rows of the data set. If every
+    Each of these features can replace rows of the batch by other rows of the dataset. If every
     batch needs all rows, there are no other rows, and the feature has no effect. The rule is
     checked if the rows can be counted.
     """

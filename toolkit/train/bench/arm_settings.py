@@ -164,12 +164,12 @@ class Result:
     @property
     def median_step_s(self) -> float | None:
         """Median seconds of the steps after the first."""
-        return _median(self.step_s[1:])
+        return upper_median(self.step_s[1:])
 
     @property
     def median_rollout_s(self) -> float | None:
         """Median seconds of the rollouts after the first."""
-        return _median(self.rollout_s[1:])
+        return upper_median(self.rollout_s[1:])
 
     @property
     def median_training_s(self) -> float | None:
@@ -178,7 +178,7 @@ class Result:
         and the copy of the policy to the engine.
         """
         step_parts = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
-        return _median([step - rollout - publish for step, rollout, publish in step_parts][1:])
+        return upper_median([step - rollout - publish for step, rollout, publish in step_parts][1:])
 
     @property
     def rollout_tokens_s(self) -> float | None:
@@ -234,5 +234,8 @@ def _rate(tokens: list[int], seconds: list[float]) -> float | None:
     return sum(tokens) / sum(seconds) if tokens and sum(seconds) > 0 else None
 
 
-def _median(values: list[float]) -> float | None:
+def upper_median(values: list[float]) -> float | None:
+    """Return the median of ``values``. If the number of values is even, this is the larger one of
+    the two values in the middle. Return None if there are no values.
+    """
     return sorted(values)[len(values) // 2] if values else None

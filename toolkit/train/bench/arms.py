@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """The training data and the reward function that all arms (the compared programs) use. The
-    function ``rows`` returns the rows of the data set.
+    function ``rows`` returns the rows of the dataset.
     """
 
     rows: Callable[[Settings], list[dict[str, Any]]]

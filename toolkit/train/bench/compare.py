@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.formatting import format_bytes
-from toolkit.train.bench.arm_settings import ARMS, Result, Settings
+from toolkit.train.bench.arm_settings import ARMS, Result, Settings, upper_median
 from toolkit.train.launch import GRACE_PERIOD_S, POLL_S, child_environment, free_port
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _figures(floor: dict[str, float]) -> list[tuple[str, Callable[[Result], str 
         ("rollout, tokens/s", lambda r: _number(r.rollout_tokens_s, 0)),
         ("training, tokens/s", lambda r: _number(r.train_tokens_s, 0)),
         ("padding in a padded batch", lambda r: _number(_percent(r.padding_share), 0, " %")),
-        ("publish, s", lambda r: _number(_median(r.publish_s), 3)),
+        ("publish, s", lambda r: _number(upper_median(r.publish_s), 3)),
         ("peak torch memory", lambda r: _bytes(r.peak_torch_bytes)),
         ("peak device memory", lambda r: _bytes(r.peak_device_bytes)),
         ("logp gap mean, nats", lambda r: _number(r.logp_gap_mean, 6)),
@@ -233,10 +233,6 @@ def _ratio(value: float | None, floor: float) -> float | None:
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
-
-
-def _median(values: list[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None
 
 
 def _changed_text(result: Result) -> str | None:

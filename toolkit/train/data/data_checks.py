@@ -1,4 +1,4 @@
-"""Find common mistakes in a data set: chats written as JSON text, missing answers, prompts far
+"""Find common mistakes in a dataset: chats written as JSON text, missing answers, prompts far
 longer than the limit, and columns whose names the trainer uses for other values.
 """
 

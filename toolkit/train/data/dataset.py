@@ -98,7 +98,7 @@ class DataReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The splits of the data set, and the report on them. ``train`` and ``eval`` have a column
+    """The splits of the dataset, and the report on them. ``train`` and ``eval`` have a column
     ``prompt`` (a text, or a list of messages) and, if dataset.answer is set, a column ``answer``.
     They also have the other columns of the source, which the trainer passes to the rewards.
     """

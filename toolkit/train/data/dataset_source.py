@@ -1,4 +1,4 @@
-"""Load the rows of a data set from a file, a folder written by ``datasets``, or the hub, and
+"""Load the rows of a dataset from a file, a folder written by ``datasets``, or the hub, and
 compute a digest.
 """
 
@@ -38,7 +38,7 @@ _CHUNK_BYTES = 1 << 20
 def read_source(
     path: str, *, split: str, name: str | None, revision: str | None, limit: int | None
 ) -> tuple[Rows, str]:
-    """Return the first ``limit`` rows of the data set at ``path``, and its digest for the run's
+    """Return the first ``limit`` rows of the dataset at ``path``, and its digest for the run's
     manifest.
 
     The digest ``sha256:...`` is computed from the bytes of the file, or from the bytes of the data
@@ -46,7 +46,7 @@ def read_source(
 
     Raises:
         InputError: a file cannot be read, or changed while it was read.
-        ConfigError: the data set or the split does not exist.
+        ConfigError: the dataset or the split does not exist.
         RetryError: the hub does not answer.
     """
     local = Path(path).expanduser()
@@ -124,8 +124,8 @@ def _data_file_path(folder: Path, entry: object) -> Path:
 def _read_hub(
     path: str, split: str, name: str | None, revision: str | None, limit: int | None
 ) -> tuple[Rows, str]:
-    """Load a data set from the hub or the hub cache, and return its rows and their digest. datasets
-    >= 4 does not run code of a data set.
+    """Load a dataset from the hub or the hub cache, and return its rows and their digest. datasets
+    >= 4 does not run code of a dataset.
     """
     try:
         dataset = datasets.load_dataset(path, name=name, split=split, revision=revision)

@@ -60,7 +60,7 @@ _METRIC_CHARTS: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
         "Curriculum",
         "shares of prompts",
         [
-            ("share of the data set that was drawn so far", ("curriculum/measured_share",)),
+            ("share of the dataset that was drawn so far", ("curriculum/measured_share",)),
             ("share of the batch that was drawn before", ("curriculum/repeated_share",)),
         ],
     ),

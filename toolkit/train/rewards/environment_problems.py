@@ -1,4 +1,4 @@
-"""Generate the problems of an environment as rows of a data set, in this process or in the worker
+"""Generate the problems of an environment as rows of a dataset, in this process or in the worker
 process.
 """
 

@@ -40,7 +40,7 @@ _MAX_EPISODES = 4096
 def generate_rows(
     task: str, options: Mapping[str, Any], *, seed: int, size: int
 ) -> list[dict[str, Any]]:
-    """Return ``size`` rows ``{prompt, problem}`` of a data set. There is one row for each seed from
+    """Return ``size`` rows ``{prompt, problem}`` of a dataset. There is one row for each seed from
     ``seed`` to ``seed + size - 1``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Use the problems of reasoning-gym as rows of a data set, and its scorers as a reward."""
+"""Use the problems of reasoning-gym as rows of a dataset, and its scorers as a reward."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 PROBLEM_COLUMN = "problem"
 """The column that identifies the problem of a row: JSON with its seed, index and size."""
-_MAX_CACHED_DATASETS = 8  # the number of data sets (one per split) that stay in memory for scoring
+_MAX_CACHED_DATASETS = 8  # the number of datasets (one per split) that stay in memory for scoring
 
 
 def generate_rows(
     task: str, settings: Mapping[str, Any], *, seed: int, size: int
 ) -> list[dict[str, Any]]:
-    """Return ``size`` problems of a task, as rows ``{prompt, answer, problem}`` of a data set.
+    """Return ``size`` problems of a task, as rows ``{prompt, answer, problem}`` of a dataset.
 
     The same seed always gives the same rows.
 

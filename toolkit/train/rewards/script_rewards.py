@@ -127,7 +127,7 @@ def _metric_name(reward: object) -> str:
 
 def _accepts_trl_arguments(reward: Callable[..., Any]) -> bool:
     """Whether ``reward`` has a named parameter for every argument that TRL always passes. If it has
-    them all, ``reward`` needs ``**kwargs`` only for further columns of the data set.
+    them all, ``reward`` needs ``**kwargs`` only for further columns of the dataset.
 
     If Python cannot determine the parameters, the result is True.
     """

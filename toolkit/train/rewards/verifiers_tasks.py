@@ -1,4 +1,4 @@
-"""Use the tasks of a verifiers 0.4 taskset as rows of a data set, and score completions with the
+"""Use the tasks of a verifiers 0.4 taskset as rows of a dataset, and score completions with the
 rewards that the tasks define.
 
 The toolkit uses two parts of a task: its prompt, and its ``@reward`` methods that score a finished
@@ -36,8 +36,8 @@ SUPPORTED_TASKS_FIX = (
 def generate_rows(
     task: str, options: Mapping[str, Any], *, seed: int, size: int, start: int
 ) -> list[dict[str, Any]]:
-    """Return up to ``size`` tasks of the taskset ``task``, as rows ``{prompt, problem}`` of a data
-    set. ``start`` is the index of the first of these tasks.
+    """Return up to ``size`` tasks of the taskset ``task``, as rows ``{prompt, problem}`` of a
+    dataset. ``start`` is the index of the first of these tasks.
 
     The rows also have ``answer`` if every task has an answer. A finite taskset is first shuffled
     with ``seed``, unless the seed is 0.
@@ -164,7 +164,7 @@ class _CachedTaskset:
         self._tasks: list[Any] = []
 
     def task(self, problem_id: Mapping[str, Any]) -> Any:
-        """Return the task of a data set row. ``problem_id`` has the index and the key of the task.
+        """Return the task of a dataset row. ``problem_id`` has the index and the key of the task.
         Raises ValueError if the taskset now has another task at this index.
         """
         index = problem_id["index"]

@@ -29,7 +29,7 @@ model.
 
 
 class Difficulty:
-    """The recorded reward spread of each row of the data set. A row with a record is called
+    """The recorded reward spread of each row of the dataset. A row with a record is called
     measured.
     """
 
@@ -54,12 +54,12 @@ class Difficulty:
 
     def load(self, spread_N: torch.Tensor) -> None:
         """Restore the records of a checkpoint. Raises ValueError if the records do not belong to
-        this data set.
+        this dataset.
         """
         if spread_N.shape != self.spread_N.shape or spread_N.dtype != torch.float64:
             raise ValueError(
                 "the curriculum records in the checkpoint have the shape "
-                f"{tuple(spread_N.shape)}, but the data set has {len(self.spread_N)} rows"
+                f"{tuple(spread_N.shape)}, but the dataset has {len(self.spread_N)} rows"
             )
         recorded = spread_N[~spread_N.isnan()]
         if not (recorded.isfinite() & (recorded >= 0)).all():
@@ -73,7 +73,7 @@ class Difficulty:
         return [row for row in rows if not self.spread_N[row].isnan()]
 
     def draw_order(self, seed: int, unmeasured_order: Sequence[int], share: float) -> Iterator[int]:
-        """Yield all rows of the data set in the order in which they are drawn.
+        """Yield all rows of the dataset in the order in which they are drawn.
 
         Rows that were drawn before (measured rows) and new rows alternate evenly, so that ``share``
         of the rows are measured rows. When all rows of one kind are used, only rows of the other
@@ -122,5 +122,5 @@ class Difficulty:
 
     @property
     def measured_share(self) -> float:
-        """The share of the rows of the data set that were drawn before."""
+        """The share of the rows of the dataset that were drawn before."""
         return (~self.spread_N.isnan()).double().mean().item()

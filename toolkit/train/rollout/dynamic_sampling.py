@@ -44,7 +44,7 @@ class Completion:
     """One completion, with its prompt, tokens and log-probabilities."""
 
     row: int | None
-    """The row of the data set. None if TRL's sampler chose the prompt."""
+    """The row of the dataset. None if TRL's sampler chose the prompt."""
     prompt: Any
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -68,9 +68,9 @@ class Generation:
         max_rounds: int,
         group_rows: list[int],
     ) -> None:
-        """``inputs`` are the rows of this rank. ``order`` yields further rows of the data set.
+        """``inputs`` are the rows of this rank. ``order`` yields further rows of the dataset.
         ``max_rounds`` is the maximum number of rounds in which groups are replaced. If the
-        curriculum chose the prompts, ``group_rows`` has the index of the data set row for each
+        curriculum chose the prompts, ``group_rows`` has the index of the dataset row for each
         group of all ranks.
         """
         self.trainer, self.order, self.max_rounds = trainer, order, max_rounds
@@ -83,7 +83,7 @@ class Generation:
         ``replace_empty_groups``.
         """
         self.group_rows = group_rows
-        """With the curriculum, the data set's row of each drawn group."""
+        """With the curriculum, the dataset's row of each drawn group."""
         self.deviations: list[float] = []
         """The standard deviation of the rewards of each drawn group."""
         self.rounds = self.sampled_count = self.no_spread_before = self.no_spread_after = (
@@ -130,7 +130,7 @@ class Generation:
     ) -> None:
         """Draw groups of other prompts in rounds. Replace the groups ``empty_groups`` (all rewards
         equal) by drawn groups whose rewards differ. Ends when all groups of ``empty_groups`` are
-        replaced, when the maximum number of rounds is reached, or when all prompts of the data set
+        replaced, when the maximum number of rounds is reached, or when all prompts of the dataset
         were drawn.
 
         Three arguments are changed in place: the completions of this rank (``local``), the rewards
@@ -142,7 +142,7 @@ class Generation:
         while empty_groups and self.rounds < self.max_rounds:
             rows = self._next_rows(unused_rows, len(empty_groups))
             if not rows:
-                break  # all prompts of the data set were drawn
+                break  # all prompts of the dataset were drawn
             self.rounds += 1
             drawn, drawn_rewards = self._draw_groups(rows)
             drawn_tokens += sum(
@@ -204,7 +204,7 @@ class Generation:
         return all_ranks[rank * per_rank : (rank + 1) * per_rank]
 
     def _unused_rows(self) -> Iterator[int]:
-        """Yield further rows of the data set. A row whose prompt is already in the batch, or was
+        """Yield further rows of the dataset. A row whose prompt is already in the batch, or was
         yielded before, is skipped.
         """
         used_prompts = set(
@@ -217,7 +217,7 @@ class Generation:
                 yield row
 
     def _next_rows(self, unused_rows: Iterator[int], needed: int) -> list[int]:
-        """Return the rows of the data set for the next round: at least ``needed`` rows, if so many
+        """Return the rows of the dataset for the next round: at least ``needed`` rows, if so many
         are left.
 
         The number of rows is rounded up, so that every rank draws the same number of completions.
@@ -344,7 +344,7 @@ class Generation:
         reason = (
             f"max_resample_times is {self.max_rounds}"
             if limit_reached
-            else f"all {len(trainer.training_rows)} rows of the data set were drawn"
+            else f"all {len(trainer.training_rows)} rows of the dataset were drawn"
         )
         warnings.warn(
             f"dynamic sampling: in {len(empty_groups)} of {self.group_count} groups all rewards "
@@ -357,7 +357,7 @@ class Generation:
 
 
 def _prompt_digest(prompt: Any) -> str:
-    """Return a digest of a prompt. Rows of the data set with the same prompt have the
+    """Return a digest of a prompt. Rows of the dataset with the same prompt have the
     same digest.
     """
     text = json.dumps(prompt, sort_keys=True, default=str)

@@ -43,10 +43,10 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         return
     if rows is not None and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise ConfigValueError(
-            f"{enabled[0]}=True reads rows of the data set by their index, but train_dataset is a "
+            f"{enabled[0]}=True reads rows of the dataset by their index, but train_dataset is a "
             "stream without indices",
             where="GRPOConfig",
-            fix=f"load the data set without streaming, or set `{enabled[0]}=False`",
+            fix=f"load the dataset without streaming, or set `{enabled[0]}=False`",
         )
     columns = getattr(rows, "column_names", None) or ()
     clashes = {
@@ -136,13 +136,13 @@ class PromptChoice:
         """Restore the curriculum from ``state``. ``state`` is None if the checkpoint was written
         without the curriculum.
 
-        Raises ValueError if the state belongs to another data set.
+        Raises ValueError if the state belongs to another dataset.
         """
         if self.difficulty is not None and state is not None:
             self.difficulty.load(state["spread"].cpu())
 
     def _order(self, generation: int) -> Iterator[int]:
-        """Return an iterator over all rows of the data set, in the order in which this generation
+        """Return an iterator over all rows of the dataset, in the order in which this generation
         draws them. Each row occurs once.
         """
         seed, rows = self.trainer.args.seed, len(self.trainer.training_rows)

@@ -203,7 +203,7 @@ class EngineGeneration:
             raise UnsupportedError(
                 "the engine supports only text, but the prompts have images",
                 where="dataset",
-                fix="remove the images from the data set",
+                fix="remove the images from the dataset",
             )
         seed, rows = self.trainer.completion_index.begin_call(prompts)
         per_request = group_size(prompts, num_generations)

@@ -237,7 +237,7 @@ class Episode:
         return f"Episode(seed={self._seed}, steps={steps}, reward={self._total_reward})"
 
     def reset(self, **row: Any) -> None:
-        """Begin the problem of one row of the data set. The prompt of the row must end with the
+        """Begin the problem of one row of the dataset. The prompt of the row must end with the
         first observation of the environment.
         """
         self._number, self._past_actions = self._number + 1, []
