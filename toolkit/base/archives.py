@@ -222,11 +222,11 @@ class _ReadLimitedFile:
         return self.file.read(count)
 
 
-def _check_member_count(archive: Path, number: int) -> None:
-    """Raise ConfigError if an archive has too many members. ``number`` is the position of a member
-    in the archive. Ignored members count too.
+def _check_member_count(archive: Path, count: int) -> None:
+    """Raise ConfigError if ``count`` is more than the maximum number of members of an archive.
+    ``count`` is the number of members that were found so far, with those that are ignored.
     """
-    if number > MAX_MEMBERS:
+    if count > MAX_MEMBERS:
         raise ConfigError(
             f"contains more than {MAX_MEMBERS} members",
             where=str(archive),

@@ -55,7 +55,7 @@ def ignore_lost_streams() -> Iterator[None]:
 
 class LossTolerantStream:
     """A wrapper around a text stream, which becomes the null device when the stream fails for the
-    first time. The warning about the failure is written to the stream ``other``. All other
+    first time. The warning about the failure is written to ``warning_stream``. All other
     attributes are those of the wrapped stream.
     """
 

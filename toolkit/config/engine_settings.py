@@ -14,7 +14,7 @@ To add an option, add a field here and run ``just schemas``. Three kinds of opti
 
 - If the option changes how much memory the engine uses, add a field to ``EnginePlan``, set the
   field in ``sizing.engine_plan``, and read it in ``sizing.engine_bytes``.
-- If the sizer chooses the value for "auto" (``sized``), add a field to ``sizing.result.Choice``,
+- If the sizer chooses the value for "auto" (``is_sized``), add a field to ``sizing.result.Choice``,
   and set it in ``sizing.build_result._choice``.
 - If vLLM does not have the option, implement it in ``engine.start``.
 """

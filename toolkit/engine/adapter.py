@@ -186,8 +186,8 @@ def read_lora_pairs(
 
 
 class AdapterSlots:
-    """Copies adapters into the LoRA slots of one engine. ``slots`` is vLLM's LoRAModelManager, and
-    ``module`` is vLLM's model.
+    """Copies adapters into the LoRA slots of one engine. ``lora_manager`` is vLLM's
+    LoRAModelManager, and ``module`` is vLLM's model.
     """
 
     def __init__(self, lora_manager: Any, module: Any, max_lora_rank: int) -> None:

@@ -83,8 +83,9 @@ def _must_offload(base: Any) -> bool:
 def _override_enable(base: Any) -> None:
     """Override ``gradient_checkpointing_enable`` of this model so that offloading stays on.
 
-    In TRL 1.16.0, ``trl.models.utils.disable_gradient_checkpointing`` calls this method of
-    transformers 5.17.0 with ``gradient_checkpointing_kwargs`` only, without ``offload``.
+    The context manager ``trl.models.utils.disable_gradient_checkpointing`` of TRL 1.16.0 enables
+    checkpointing again when its block ends. It then passes only ``gradient_checkpointing_kwargs``
+    to ``gradient_checkpointing_enable`` of transformers 5.17.0, so offloading would be off.
     """
     base.gradient_checkpointing_enable = partial(_enable_checkpointing, base)
 

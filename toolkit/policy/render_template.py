@@ -35,8 +35,8 @@ MAX_DEPTH = 64
 
 def limit_template(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Replace ``apply_chat_template`` and ``parse_response`` of ``tokenizer`` by versions that
-    raise ConfigError if the chat template or the response template exceeds the limits. Returns
-    ``tokenizer``.
+    raise ConfigError if the chat template or the response template takes too long or makes too
+    much text. Returns ``tokenizer``.
     """
     tokenizer.apply_chat_template = _LimitedTemplate(tokenizer)
     if hasattr(type(tokenizer), "parse_response"):

@@ -253,7 +253,7 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
             "the model's logits are not finite. Either its weights contain NaN or infinity, or "
             f"values exceed the range of {str(engine.dtype).removeprefix('torch.')}",
             where=engine.options.model,
-            fix="copy the checkpoint again. If dtype is float16, use bfloat16 or float32",
+            fix="if dtype is float16, use bfloat16 or float32. Otherwise copy the checkpoint again",
         )
     max_difference = float((model_logprobs - engine_logprobs).abs().max())
     limit = SPOT_TOLERANCE.get(engine.dtype, SPOT_TOLERANCE_HALF)

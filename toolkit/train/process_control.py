@@ -135,8 +135,8 @@ class Peers:
     def _heartbeat_of(self, peer_rank: int) -> int:
         return int(self.store.add(f"beat-{peer_rank}", 0))
 
-    def leave(self) -> None:
-        """Wait until all processes have called ``leave``, and destroy torch's process group."""
+    def leave_group(self) -> None:
+        """Wait until all processes have called this method, and destroy torch's process group."""
         self.exchange("end")
         self._done.set()
         self._post("left")

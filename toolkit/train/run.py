@@ -328,7 +328,7 @@ def _finish_run(
         engine = find_engine(context.model)
         if engine is not None:
             engine.close()  # before ``leave`` destroys the process group that the engine uses
-        peers.leave()  # wait, because a launcher stops all processes when one ends
+        peers.leave_group()  # wait, because a launcher stops all processes when one ends
 
 
 def _open_journal(

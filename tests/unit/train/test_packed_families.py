@@ -56,7 +56,7 @@ LOSSES = {
 ])  # fmt: skip
 def trainer(request, tmp_path_factory):
     family = request.param
-    folder = families.make(tmp_path_factory.mktemp(family), family)
+    folder = families.make_checkpoint(tmp_path_factory.mktemp(family), family)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=EAGER.get(family)
     )
@@ -78,7 +78,7 @@ def trainer(request, tmp_path_factory):
             router_aux_loss_coef=0.0 if "moe" in family else None,
         ),
         train_dataset=Dataset.from_list([{"prompt": "t4 t5"}] * 8),
-        processing_class=families.tokenizer(),
+        processing_class=families.make_tokenizer(),
     )
     made.current_gradient_accumulation_steps = 1
     made.model.train()

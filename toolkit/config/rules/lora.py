@@ -115,8 +115,8 @@ def targets_exist(run: Run) -> Iterator[RuleViolation]:
     modules of the model.
 
     A list item matches the end of a module name. A string is one regular expression for whole
-    module names, or all-linear. auto chooses the model's projections. If the model's weights are on
-    this machine, target_modules is compared with the module names in the weights.
+    module names, or "all-linear". The value "auto" chooses the model's projections. If the model's
+    weights are on this machine, target_modules is compared with the module names in the weights.
     """
     targets = run.value(_TARGETS)
     if targets == "auto":

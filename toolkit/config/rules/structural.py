@@ -135,7 +135,7 @@ RULE_TEXTS: dict[str, RuleText] = {
         "grpo:\n  max_steps: 1000",
     ),
     "DOC016": RuleText(
-        "The value of `extends` is a file in or below the folder of the run file.",
+        "`extends` must name a file in the folder of the run file, or in a folder below it.",
         "A run file from someone else must not read other files on this machine. The file that "
         "`extends` refers to must be in or below the folder of the run file, or in or below a "
         "folder in the environment variable TOOLKIT_EXTENDS_FROM (several folders are separated "

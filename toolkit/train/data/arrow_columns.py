@@ -27,8 +27,8 @@ ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, ValueError, KeyError, Typ
 
 
 class Rows(NamedTuple):
-    """A table, and the place of each row in its data file. ``place(i)`` returns the place of row
-    ``i`` ("train.jsonl:12", "train.json row 7").
+    """A table, and the location of each row in its data file. ``location(i)`` returns the location
+    of row ``i`` ("train.jsonl:12", "train.json row 7").
     """
 
     table: pa.Table

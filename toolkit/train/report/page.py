@@ -38,7 +38,7 @@ def render(run: RunFiles) -> str:
     charts = sections.evaluation(run) + "".join(
         chart.chart_html(item, number) for number, item in enumerate(others, start=1)
     )
-    setup_html = sections.setup(run) + sections.provenance(run) + sections.memory(run)
+    setup_html = sections.settings_table(run) + sections.provenance(run) + sections.memory(run)
     body_parts = [
         f"<header><div><h1>{escape(run.name)}</h1><p class=note>{escape(model)}</p></div>"
         f"<span class='status {css_class}'>{escape(status_text)}</span></header>",

@@ -205,7 +205,7 @@ def memory(run: RunFiles) -> str:
     )
 
 
-def setup(run: RunFiles) -> str:
+def settings_table(run: RunFiles) -> str:
     """A table with the most important settings of the run."""
     model, lora, grpo = (section(run.config, key) for key in ("model", "lora", "grpo"))
     data, reward = section(run.config, "dataset"), section(run.config, "reward")

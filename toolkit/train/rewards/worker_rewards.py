@@ -54,7 +54,7 @@ class RemoteReward:
 
     def call(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
         """Call the reward in the worker process. Return one item per completion: its score, or a
-        Failure. Raises UserCodeFailed and ToolkitError, as ``attempt.call_reward`` does.
+        Failure. Raises UserCodeFailed and ToolkitError, as ``reward_call.call_reward`` does.
         """
         try:
             return self._request_scores(batch, seconds)

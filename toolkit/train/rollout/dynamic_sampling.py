@@ -196,7 +196,7 @@ class Generation:
         return gather_object(completions), rewards
 
     def _drawn_here(self, all_ranks: list[Completion]) -> list[Completion]:
-        """Return those completions of ``all_ranks`` (the result of ``_draw``) that this
+        """Return those completions of ``all_ranks`` (the result of ``_draw_groups``) that this
         rank drew.
         """
         per_rank = len(all_ranks) // self.rank_count

@@ -29,9 +29,9 @@ BATCH_SIZE = 250
 class Evaluation:
     """Means over ``count`` held-out prompts with one greedy completion each.
 
-    ``length`` is the mean completion length in tokens. ``reward`` is the mean of the total reward,
-    and ``rewards`` has the mean of each reward function. A mean covers only completions that were
-    scored, and is None if no completion was scored.
+    ``mean_tokens`` is the mean length of the completions. ``reward`` is the mean of the total
+    reward, and ``rewards`` has the mean of each reward function. These two cover only completions
+    that were scored, and are None if no completion was scored.
     """
 
     count: int

@@ -220,8 +220,8 @@ with 16-bit or 4-bit weights.
 
 
 def warn_of_gap(trainer: TrainerSeam) -> None:
-    """Warn once, on the first rank, if the mean gap of a logging window is larger than rounding can
-    explain.
+    """Warn once, on the first rank, if the mean gap between the log-probabilities of engine and
+    trainer in a logging window is larger than rounding can explain.
 
     Such a gap means that the completions come from another policy than the trained one, for example
     from the base model without its adapter. There is no warning if ``warn_of_collapse`` has warned.

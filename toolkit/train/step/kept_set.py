@@ -135,8 +135,8 @@ class TokenHistory:
 
 
 class TokenPositions(NamedTuple):
-    """The locations of N scored tokens: their rows ``rows_N`` in ``texts``, and their positions
-    ``positions_N`` in these rows.
+    """The locations of N scored tokens: their rows ``rows_N`` in ``history``, and their
+    positions ``positions_N`` in these rows.
     """
 
     history: TokenHistory

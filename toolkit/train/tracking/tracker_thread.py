@@ -23,8 +23,8 @@ MAX_FAILURES = 5
 
 
 class TrackerThread:
-    """One tracker, its thread, and the queue of calls for the tracker. The function ``make``
-    creates the tracker in the thread.
+    """One tracker, its thread, and the queue of calls for the tracker. The function
+    ``make_tracker`` creates the tracker in the thread.
 
     A tracker has the methods ``log_row(step, numbers)``, ``log_table(step, rows)`` and ``close()``.
     Its attribute ``destination`` is a text that says where the tracker writes.
