@@ -1,4 +1,4 @@
-"""Shapes of real models, and run files around them."""
+"""Fixtures: the configs of real models from shapes.json, cards, and run files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SHAPES = {shape["id"]: shape for shape in json.loads(FIXTURE.read_text())}
 
 
 def pytest_generate_tests(metafunc):
-    """``shape``: every row of the table."""
+    """Run a test with the argument ``shape`` once for each row of shapes.json."""
     if "shape" in metafunc.fixturenames:
         metafunc.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
 
 
 @pytest.fixture(scope="session")
 def spec_of():
-    """The spec of a hub id of the table."""
+    """A function from a hub id in shapes.json to the spec of the model."""
 
     def make(name: str) -> Any:
         return spec_from_values(SHAPES[name]["config"], name=name)
@@ -36,13 +36,15 @@ def spec_of():
 
 @pytest.fixture(scope="session")
 def card():
-    """An empty card by name."""
+    """A function from the name of a card to the card with all of its memory free."""
     return lambda name: Device.from_card(cards.find_card(name))
 
 
 @pytest.fixture(scope="session")
 def run():
-    """A run file from flat keyword arguments; grpo's are dicts."""
+    """A function that creates a run config. The section grpo is a dict; the keys of all other
+    sections are keyword arguments.
+    """
 
     def make(grpo: dict[str, Any] | None = None, **values: Any) -> RunConfig:
         lora = {"r": values.pop("r", 16)}
@@ -68,5 +70,5 @@ def run():
 
 @pytest.fixture(scope="session")
 def all_shapes():
-    """Every row of the table by hub id."""
+    """All rows of shapes.json by hub id."""
     return SHAPES

@@ -32,13 +32,11 @@ def test_a_large_card_computes_the_whole_batch_in_one_pass(spec_of, card, run):
     result = solve(run(short), spec_of(ONE_B), card("h200"))
     assert result.choice.gradient_checkpointing is False
     assert result.feasible
-    # 8 prompts once, and 64 completions: one pass, where padded rows would be 32,768 tokens.
+    # One pass has 8 prompts once and 64 completions. Padded rows would have 32,768 tokens.
     assert result.choice.pack_tokens == 8 * 256 + 64 * 256
     assert (result.trainer.packs.passes, result.trainer.packs.padded_tokens) == (1, 32768)
-    assert micro_batch_and_accumulation(result) == (
-        32,
-        2,
-    )  # rows of no more tokens, where a model cannot take packs
+    # If a model does not support packs, these rows have at most as many tokens.
+    assert micro_batch_and_accumulation(result) == (32, 2)
 
 
 def test_a_small_card_computes_the_batch_in_several_passes(spec_of, card, run):
@@ -53,7 +51,9 @@ def test_a_small_card_computes_the_batch_in_several_passes(spec_of, card, run):
 
 
 def test_twice_the_chosen_pack_size_does_not_fit(spec_of, card, run):
-    """As written numbers, the choice fits and twice as much does not hold the rollout any more."""
+    """If the chosen pack size is set in the run file, the result is the same. With twice the pack
+    size, the run does not fit, or the KV cache is smaller than the rollout needs.
+    """
     many = {**AUTO, "generation_batch_size": 256}
     config = run(many, checkpointing=True, enable_sleep_mode=False, max_num_seqs=32)
     chosen = solve(config, spec_of(EIGHT_B), card("l40s"))
@@ -78,10 +78,8 @@ def test_checkpointing_is_off_if_the_batch_fits_without_it(spec_of, card, run):
     assert solve(config, spec_of(ONE_B), card("h200")).choice.gradient_checkpointing is False
     tight = solve(config, spec_of(ONE_B), card("l4"))
     assert tight.choice.gradient_checkpointing is True
-    assert micro_batch_and_accumulation(tight) == (
-        16,
-        1,
-    )  # the same gradient in one piece, at a third more work
+    # The gradient is the same. One pass with checkpointing needs a third more computation.
+    assert micro_batch_and_accumulation(tight) == (16, 1)
 
 
 def test_the_batch_is_divided_among_the_processes(spec_of, card, run):
@@ -93,7 +91,9 @@ def test_the_batch_is_divided_among_the_processes(spec_of, card, run):
 
 
 def test_a_configured_utilization_limits_the_micro_batch(spec_of, card, run):
-    """What is written for the engine is not the trainer's: the micro-batch gives way."""
+    """The trainer does not use the memory that gpu_memory_utilization gives to the engine. The
+    sizer chooses a smaller micro-batch.
+    """
     config = run(AUTO, checkpointing=True, enable_sleep_mode=False)
     unlimited = solve(config, spec_of(ONE_B), card("4090"))
     max_utilization = unlimited.interval.max
@@ -152,7 +152,7 @@ def test_incomplete_auto_settings_are_an_error(spec_of, card, run, grpo, where):
 @given(st.integers(1, 5000), st.integers(1, 4), st.integers(1, 5000), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_every_micro_batch_divides_the_generation_batch(own_completions, world, sequence, on_cpu):
-    """However it is cut: micro x accumulation x processes is the generation batch."""
+    """micro-batch x accumulation x processes is always the generation batch."""
     grpo = {**AUTO, "generation_batch_size": own_completions * world}
     micros, accumulation, rollouts = read_batch(grpo, sequence, on_cpu=on_cpu, world_size=world)
     assert rollouts == own_completions

@@ -1,4 +1,4 @@
-"""16-bit copies of 4-bit weights while a rollout runs: what they take, when they are made."""
+"""16-bit copies of 4-bit weights during a rollout: their size, and when the sizer chooses them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_a_smaller_card_has_memory_for_some_copies_or_none(spec_of, card, run):
 
 
 def test_copies_do_not_reduce_the_memory_of_a_training_step(spec_of, card, run):
-    """Released before a step: what fits without them fits with them."""
+    """The copies are freed before a training step, so the micro-batch is the same with copies and
+    without them.
+    """
     spec = spec_of(EIGHT_B)
     with_, without = (
         solve(run(GRPO, load_in_4bit=True, dequantized_rollouts=on), spec, card("h100"))

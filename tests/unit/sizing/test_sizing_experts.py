@@ -1,4 +1,6 @@
-"""auto on a mixture of experts: what is sized is what training and engine do."""
+"""target_modules "auto" on a mixture of experts: the sizer counts the layers that training adapts
+and for which the engine has LoRA slots.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_default_targets_are_layers_of_the_model(spec_of, name, targets):
 
 
 def test_every_model_of_the_table_has_its_default_targets(spec_of, shape):
-    """No model of the table ends in a refusal for what nobody wrote."""
+    """The default targets are layers of the model and not experts, so a run file without
+    target_modules is not refused.
+    """
     spec = spec_of(shape["id"])
     leaves = {linear.leaf for block in spec.blocks for linear in block.linears}
     assert set(spec.targets) <= leaves

@@ -1,4 +1,6 @@
-"""Hybrids of 2026: the state of linear layers, and what is sized but cannot be trained here."""
+"""Hybrid models of 2026: the states of linear layers, and models that can be sized although their
+training is not supported.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ NEMOTRON = {
 }  # fmt: skip
 
 
-# Gemma 4 E4B's language model: 18 of its 42 layers use the cache of an earlier one.
+# Gemma 4 E4B's language model: 18 of its 42 layers use the cache of an earlier layer.
 GEMMA = {
     "model_type": "gemma4_text", "vocab_size": 262144, "hidden_size": 2560,
     "intermediate_size": 10240, "num_hidden_layers": 42, "num_attention_heads": 8,
@@ -52,7 +54,7 @@ def state_elements(values):
 @pytest.mark.parametrize(
     ("values", "billions", "kv_bytes", "state"),
     [
-        # 8 layers of attention; 24 states of 32 x 128 x 128 and 3 inputs of 8192 channels
+        # 8 attention layers; 24 layers with a state of 32 x 128 x 128 and 3 inputs of 8192 channels
         (QWEN, 8.95, 8 * 2 * 4 * 256 * 2, 24 * (32 * 128 * 128 + 8192 * 3)),
         (GLM, 106.8, 46 * 2 * 8 * 128 * 2, 0),
         (LFM, 1.17, 6 * 2 * 8 * 64 * 2, 10 * 2048 * 2),

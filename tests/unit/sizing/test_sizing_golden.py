@@ -1,4 +1,4 @@
-"""Golden budgets of real models: facts of the table, and arithmetic to be redone by hand."""
+"""The sizes of real models: values of shapes.json, and calculations that a reader can repeat."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_each_size_equals_the_table(shape):
     assert lora_bytes.adapter_parameters(spec, 16, SEVEN_PROJECTIONS) == shape["adapter_16"]
 
 
-# Sizes of the weight files on the hub, in GB (10**9), as their pages show them.
+# Sizes of the weight files on the hub, in GB (10**9), as the pages of the models show them.
 PUBLISHED_GB = {
     "unsloth/llama-3-8b-Instruct-bnb-4bit": 5.70,
     "TheBloke/Llama-2-7B-AWQ": 3.89,
@@ -47,12 +47,12 @@ def test_weight_bytes_are_those_of_the_published_files(spec_of, name):
     ("name", "by_hand"),
     [
         ("meta-llama/Llama-3.1-8B", 2 * 32 * 8 * 128 * 2),
-        ("Qwen/Qwen3-0.6B", 2 * 28 * 8 * 128 * 2),  # head_dim 128, not 1024 / 16
+        ("Qwen/Qwen3-0.6B", 2 * 28 * 8 * 128 * 2),  # head_dim is 128, not 1024 / 16
         ("Qwen/Qwen3-32B", 2 * 64 * 8 * 128 * 2),
         ("google/gemma-2-2b-it", 2 * 26 * 4 * 256 * 2),
         ("openai/gpt-oss-20b", 2 * 24 * 8 * 64 * 2),
-        ("deepseek-ai/DeepSeek-V3", 61 * (512 + 64) * 2),  # one latent and one rotary key
-        ("Qwen/Qwen3-Next-80B-A3B-Thinking", 2 * 12 * 2 * 256 * 2),  # every fourth layer
+        ("deepseek-ai/DeepSeek-V3", 61 * (512 + 64) * 2),  # one latent vector and one rotary key
+        ("Qwen/Qwen3-Next-80B-A3B-Thinking", 2 * 12 * 2 * 256 * 2),  # 1 layer in 4 has a cache
     ],
 )
 def test_kv_bytes_per_token_computed_by_hand(spec_of, name, by_hand):
@@ -60,7 +60,7 @@ def test_kv_bytes_per_token_computed_by_hand(spec_of, name, by_hand):
 
 
 def test_sliding_windows_limit_the_cache_of_long_sequences(spec_of):
-    """Gemma 3: 52 of 62 layers keep 1024 tokens (and a block), whatever the length."""
+    """In Gemma 3, 52 of 62 layers keep 1024 tokens and one block at any length of the sequence."""
     spec = spec_of("google/gemma-3-27b-it")
     short, long = (kv_bytes.sequence_bytes(spec, length, 2) for length in (16384, 32768))
     full = kv_bytes.bytes_per_token(spec, 2) * 16384
@@ -69,7 +69,9 @@ def test_sliding_windows_limit_the_cache_of_long_sequences(spec_of):
 
 
 def test_expert_slots_are_counted(spec_of):
-    """Qwen3-30B-A3B at rank 32: 48 x 128 experts x 3 matrices x 32 x (2048 + 768) in bf16."""
+    """Qwen3-30B-A3B at rank 32 has 48 x 128 experts x 3 matrices x 32 x (2048 + 768) values in
+    bf16.
+    """
     spec = spec_of("Qwen/Qwen3-30B-A3B")
     experts = 48 * 128 * 3 * 32 * (2048 + 768) * 2
     assert experts / 2**30 == pytest.approx(3.1, abs=0.05)

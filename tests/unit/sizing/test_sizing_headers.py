@@ -1,4 +1,6 @@
-"""Hostile safetensors headers and config.json: a finding, in bounded time and memory."""
+"""Hostile safetensors headers and config.json files give an error of the toolkit, in bounded time
+and memory.
+"""
 
 import contextlib
 import json
@@ -86,7 +88,7 @@ def test_a_bad_header_is_refused(tmp_path, name):
 
 def test_a_long_header_is_not_read_into_memory(tmp_path):
     path = write_safetensors(tmp_path / "a.safetensors", b"x", length=(32 << 20) + 1)
-    os.truncate(path, 1 << 33)  # a sparse file that could hold it
+    os.truncate(path, 1 << 33)  # a sparse file, large enough for the header
     tracemalloc.start()
     with pytest.raises(InputError):
         read_header(path)

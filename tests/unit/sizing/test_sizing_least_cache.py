@@ -1,4 +1,6 @@
-"""The bound that a rule has for the KV cache is never above what the sizer computes."""
+"""The minimum KV cache in a validation rule is never larger than the cache that the sizer
+computes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The order of the ways of doing a step, held to what one H100 took for each."""
+"""The sizer orders settings by their estimated time per step. The order must be that of the times
+measured on one H100.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.fit import Candidate
 
 EIGHT_B = "meta-llama/Llama-3.1-8B"
-# 64 sequences of 320 tokens a step, r = 64: (micro-batch, checkpointing, seconds measured).
+# Steps of 64 sequences of 320 tokens, r = 64: (micro-batch, checkpointing, measured seconds).
 MEASURED = [
     (16, False, 1.82),
     (64, True, 2.29),
@@ -28,7 +30,8 @@ def _candidate_for(run, spec, device, micro, checkpointing, **values) -> Candida
         "max_prompt_length": 64,
         "max_completion_length": 256,
     }
-    values = {"padding_free": False, "fused_kernels": False, **values}  # as it was measured
+    # The measurement had these settings.
+    values = {"padding_free": False, "fused_kernels": False, **values}
     config = run(grpo, r=64, checkpointing=checkpointing, max_seq_length=320, **values)
     return best_candidate(config, spec, device, 1)[0]
 
@@ -50,7 +53,7 @@ def test_sleep_mode_adds_time(spec_of, card, run):
 
 
 def test_a_mixture_computes_with_its_active_experts(spec_of):
-    """Qwen3-30B-A3B: 30.5e9 parameters, 3.3e9 of them active, by its model card."""
+    """The model card of Qwen3-30B-A3B states 30.5e9 parameters, of which 3.3e9 are active."""
     spec = spec_of("Qwen/Qwen3-30B-A3B")
     assert 2.9e9 < active_parameters(spec) < 3.5e9
     assert spec.parameters > 30e9

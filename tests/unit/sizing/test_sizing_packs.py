@@ -1,4 +1,6 @@
-"""Training on packs: what a pass takes, by hand; the budget; a sequence that is too long."""
+"""Training on packs: the memory of a pass computed by hand, the budget of tokens per pack, and
+sequences that are too long.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,13 @@ def find_term(result, name):
 
 
 def test_a_group_of_long_sequences_shares_its_prompt(spec_of, card, run, monkeypatch):
-    """16,384 + 8 x 2,048 tokens, where eight rows are 147,456."""
+    """A pack has 16,384 + 8 x 2,048 tokens. Eight padded rows have 147,456."""
     monkeypatch.setenv("COLUMNS", "100")
     result = solve(run(LONG, **CONTEXT), spec_of(EIGHT_B), card("h100"))
     packs = result.trainer.packs
     assert (packs.pack_tokens, packs.step_tokens, packs.passes) == (32768, 32768, 1)
     assert packs.padded_tokens == 147456
-    assert result.choice.per_device_train_batch_size == 1  # where a model cannot take packs
+    assert result.choice.per_device_train_batch_size == 1  # for a model that does not support packs
     rows = solve(run(LONG, **CONTEXT, padding_free=False), spec_of(EIGHT_B), card("h100"))
     assert rows.trainer.packs is None
     assert result.trainer.step_s_estimate < 0.5 * rows.trainer.step_s_estimate
@@ -40,8 +42,8 @@ def test_a_group_of_long_sequences_shares_its_prompt(spec_of, card, run, monkeyp
 
 
 def test_activations_of_a_pass_computed_by_hand(spec_of, card, run):
-    """8B with checkpointing: a hidden state of each token and layer, and one layer's own tensors,
-    in which each completion has the keys of its prompt.
+    """An 8B model with checkpointing saves a hidden state for each token and layer, and the tensors
+    of one layer. In that layer each completion has a copy of the keys of its prompt.
     """
     values = {**CONTEXT, "load_in_4bit": False, "fused_kernels": True, "r": 16}
     result = solve(run(LONG, **values), spec_of(EIGHT_B), card("h200"))
@@ -49,7 +51,8 @@ def test_activations_of_a_pass_computed_by_hand(spec_of, card, run):
     hidden, inner, kv, query, r = 4096, 14336, 1024, 4096, 16
     checkpoints = 32 * tokens * hidden * 2
     norms = 2 * (2 * hidden + 4)
-    inputs = 2 * (hidden + hidden + inner) + 2 * 7 * r  # q k v; gate up; down; the ranks
+    # The inputs of q, k, v; of gate, up; of down; and of each lora_B.
+    inputs = 2 * (hidden + hidden + inner) + 2 * 7 * r
     attention = 2 * (query + query) + 4 * 32
     layer = tokens * (norms + inputs + attention + 2 * 2 * inner) + keys * 2 * (kv + kv)
     temporary = tokens * (2 * inner + 4 * hidden)
@@ -93,7 +96,7 @@ def test_a_configured_budget_is_used_and_fits_one_sequence(spec_of, card, run):
     assert too_small.trainer.packs.passes == 64
     rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 16}
     by_rows = solve(run(rows), spec_of(ONE_B), card("h200"))
-    assert by_rows.choice.pack_tokens is None  # the rows bound it, at the width of what is sampled
+    assert by_rows.choice.pack_tokens is None  # the size follows from the rows: 4 x 1024 tokens
     assert by_rows.trainer.packs.pack_tokens == 4096
 
 
@@ -146,7 +149,9 @@ def test_runs_that_do_not_use_packs(spec_of, run, grpo, values, model):
 
 
 def test_a_group_can_be_split_over_several_processes(spec_of, card, run):
-    """A group of 12 over 3 processes of 8 rows each begins anywhere: two prompts in a pass."""
+    """Each of 3 processes has 8 rows, and a group has 12. So a group can begin anywhere in the rows
+    of a process, and a pass can have two prompts.
+    """
     grpo = {**AUTO, "generation_batch_size": 24, "num_generations": 12}
     result = solve(run(grpo), spec_of(ONE_B), card("h200"), world_size=3)
     assert result.choice.pack_tokens == 2 * 512 + 8 * 512

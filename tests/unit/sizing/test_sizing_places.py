@@ -1,4 +1,4 @@
-"""Sizing elsewhere: the CPU, no engine, several processes; and what solve hands on."""
+"""Sizing on the CPU, without an engine and for several processes; and the results of solve."""
 
 from dataclasses import replace
 from types import MappingProxyType
@@ -37,8 +37,8 @@ def test_a_host_with_too_little_memory(spec_of, run, monkeypatch):
 
 
 def test_a_run_without_an_engine_has_no_engine_terms(spec_of, card, run):
-    """transformers' generate: its cache for all rollouts, the trainer's own weights, no LoRA
-    slots.
+    """With transformers' generate, the terms are a cache for all rollouts and the weights of the
+    trainer. There are no LoRA slots.
     """
     result = solve(run(engine="transformers"), spec_of(ONE_B), card("h100"))
     names = {line.name for line in result.terms}
@@ -108,14 +108,16 @@ def test_the_margin_of_an_unknown_model_narrows_the_interval(spec_of, card, run)
 
 
 def test_padding_of_mxfp4_is_within_its_margin(spec_of):
-    """Marlin pads the inner size to 128 and the hidden one to 256."""
+    """Marlin pads the inner size to a multiple of 128 and the hidden size to a multiple of 256."""
     spec = spec_of("openai/gpt-oss-20b")
     assert 1 + spec.margin > (2944 * 3072) / (2880 * 2880)
     assert any("padded" in note for note in spec.notes)
 
 
 def test_the_prediction_is_close_to_a_measured_run(spec_of, run):
-    """1.236 B, r 64, u 0.3 of 143771 MiB, 16 x 320 tokens: 42.40 GiB were measured (one run)."""
+    """One run measured 42.40 GiB: 1.236e9 parameters, r = 64, gpu_memory_utilization 0.3 of
+    143771 MiB, and a micro-batch of 16 x 320 tokens.
+    """
     card = Device(
         name="H200", total_bytes=143771 << 20, free_bytes=143000 << 20, compute_capability=(9, 0)
     )
@@ -146,7 +148,9 @@ def test_dtype_by_capability(spec_of, card, run, capability, dtype):
 
 
 def test_a_slice_is_sized_by_its_own_memory(spec_of, run):
-    """NVML gives the slice's memory for the slice; the card's would be eight times that."""
+    """For a slice, NVML reports the memory of the slice. The memory of the card is eight times as
+    large.
+    """
     from toolkit.gpu.reading import succeeded
     from toolkit.gpu.snapshot import GpuSnapshot
 
@@ -159,7 +163,7 @@ def test_a_slice_is_sized_by_its_own_memory(spec_of, run):
     assert (device.total_bytes, device.free_bytes) == (10 * GIB, 9 * GIB)
     assert device.cuda_total_bytes == 10 * GIB - GIB // 8
     assert solve(run(), spec_of(ONE_B), device).interval.max < 0.9
-    # Without version 2 of the query nothing is said of what the driver keeps.
+    # Version 1 of the query does not report the memory that the driver reserves.
     del memory["reserved"]
     empty = Device.from_snapshot(replace(mig_slice, memory=succeeded({**memory, "free": 10 * GIB})))
     assert empty.free_bytes == empty.cuda_total_bytes < 10 * GIB

@@ -1,4 +1,4 @@
-"""What holds for every model, card and workload."""
+"""Properties of a sizing that hold for every model, card and workload."""
 
 import json
 
@@ -107,7 +107,6 @@ def test_a_feasible_choice_fits_and_an_infeasible_run_has_remedies(
 def test_a_longer_sequence_or_larger_micro_batch_never_needs_less(
     make_run, name, length, micro, mode
 ):
-    """A longer completion or a larger micro-batch: the step does not shrink."""
     values = {"r": 16, "checkpointing": mode}
     steps = []
     for batch, tokens in ((micro, length), (2 * micro, length), (micro, length + 64)):

@@ -1,4 +1,6 @@
-"""For 60 runs that do not fit, the first remedy makes them fit, and is accepted on its card."""
+"""For at least 60 runs that do not fit: with the first remedy the run fits, and the validator
+accepts it for the card.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ QUANTIZED = {
     "Qwen/Qwen3-32B": ("3090", "rtx-pro-6000:1g.24gb"),
     "microsoft/phi-4": ("16GiB:7.5", "5060-ti"),
 }
-"""In 4 bits; the first two have experts."""
+"""These models are loaded in 4 bits. The first two have experts."""
 RUNS = (
     # max_seq_length, prompt, completion, rank, micro-batch
     (131072, 512, 512, 16, 1),
@@ -41,7 +43,7 @@ RUNS = (
 
 
 def run_file(folder: Path, model: Path, run: tuple[int, ...], **values_of_model: Any) -> Path:
-    """A run file with data and a model folder that has no more than a config.json."""
+    """Write a run file and its dataset. The model folder has only a config.json."""
     length, prompt, completion, rank, micro = run
     rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(16)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -65,7 +67,9 @@ def run_file(folder: Path, model: Path, run: tuple[int, ...], **values_of_model:
 
 
 def validated_config(path: Path, overrides: list[str], device: Device) -> Any:
-    """The run of the file with these overrides on this card; what the rules refuse is shown."""
+    """The validated config of a run file with these overrides on this card. If a rule refuses the
+    run, the assertion shows the messages.
+    """
     validation = validate(load_document(path, overrides), device_situation(device))
     errors = [
         str(finding.message) for finding in validation.findings if str(finding.severity) == "error"
@@ -76,7 +80,7 @@ def validated_config(path: Path, overrides: list[str], device: Device) -> Any:
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory, all_shapes: Any, spec_of: Any) -> list[Any]:
-    """Every combination that does not fit, with its result."""
+    """Every combination of model, card and run that does not fit, with the sizer's result."""
     infeasible = []
     for name, names in [*MODELS.items(), *QUANTIZED.items()]:
         folder = tmp_path_factory.mktemp("model")
@@ -126,7 +130,9 @@ def test_no_remedy_needs_a_feature_that_the_card_lacks(refused: list[Any]) -> No
 
 
 def test_a_context_that_is_too_long_is_shortened_first(spec_of: Any, card: Any, run: Any) -> None:
-    """131,072 tokens for prompts and completions of 512: 1024 are enough, and lose nothing."""
+    """max_seq_length is 131,072, and prompts and completions have 512 tokens each. 1024 tokens are
+    enough, so the first remedy has no disadvantage.
+    """
     config = run(max_seq_length=131072)
     result = solve(config, spec_of("meta-llama/Llama-3.2-3B"), card("3060"))
     first = result.remedies[0]

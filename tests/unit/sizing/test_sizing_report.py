@@ -1,4 +1,6 @@
-"""What envcheck size prints: bars that end where the card ends, and whose choice a value is."""
+"""The output of envcheck size: a bar ends at the memory of the card, and the report says for each
+value whether the run file or the sizer has set it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ BAR = re.compile(r"\[([A-Za-z.!]+)\] ([\d.]+) of ([\d.]+) GiB")
 @pytest.mark.parametrize("name", ["t4", "3080", "4090", "h100", "b200", "h200:1g.18gb"])
 @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.1-8B"])
 def test_a_bar_ends_at_the_memory_of_the_card(spec_of, card, run, monkeypatch, name, model):
-    """Small terms show, and push nothing past the end: ``!`` means too much, and only that."""
+    """Small terms are visible and do not make the bar longer. ``!`` appears only if the terms need
+    more memory than the card has.
+    """
     for width in (60, 80, 120):
         monkeypatch.setattr("toolkit.cli.size_report.terminal_width", lambda width=width: width)
         for share in (1.0, 0.4):

@@ -1,4 +1,6 @@
-"""The interval, its ends, the choice, and what an empty interval says."""
+"""The interval of gpu_memory_utilization: its ends, the choice inside it, and the error if it is
+empty.
+"""
 
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ from toolkit.sizing import solve
 from toolkit.sizing.terms import total_bytes
 
 EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
-PADDED = {"padding_free": False, "fused_kernels": False}  # the larger step
+PADDED = {"padding_free": False, "fused_kernels": False}  # a step needs more memory
 
 
 def term_bytes(result, name):
@@ -18,7 +20,7 @@ def term_bytes(result, name):
 
 
 def test_both_phases_fit_at_the_choice(spec_of, card, run):
-    """What the choice takes in each phase is at most what is free, and uses 92 % of it."""
+    """Each phase fits in the free memory. The larger phase uses at least 92 % of it."""
     result = solve(run(r=64), spec_of(EIGHT_B), card("h100"))
     free = result.device["free_bytes"]
     for phase in ("rollout", "training"):
@@ -35,7 +37,7 @@ def test_the_lower_end_holds_one_sequence(spec_of, card, run):
         for line in result.terms
         if line.name.startswith("engine.") and line.name != "engine.kv"
     )
-    least = engine + term_bytes(result, "margin.engine") + 1024 * 131072  # KV of 1024 tokens
+    least = engine + term_bytes(result, "margin.engine") + 1024 * 131072  # KV cache of 1024 tokens
     assert result.interval.min == pytest.approx(least / result.device["cuda_total_bytes"], abs=2e-3)
     assert "engine.weights" in result.interval.binding_min
 
@@ -64,7 +66,9 @@ def test_sharing_saves_one_copy_of_the_weights(spec_of, card, run):
 
 
 def test_sleep_frees_the_cache_for_the_step(spec_of, card, run):
-    """Asleep, a step does not bind u: the two phases are sized apart."""
+    """If the engine sleeps during a training step, the step does not limit gpu_memory_utilization,
+    because the two phases do not need memory at the same time.
+    """
     values = {"checkpointing": True, "max_seq_length": 4096, **PADDED}
     grpo = {"max_completion_length": 2048, "max_prompt_length": 2048}
     awake = solve(run(grpo, enable_sleep_mode=False, **values), spec_of(EIGHT_B), card("h100"))
@@ -122,7 +126,9 @@ def test_a_cache_that_is_too_small_for_one_sequence_is_refused(spec_of, card, ru
 
 
 def test_each_remedy_of_an_infeasible_run_frees_what_it_states(spec_of, card, run):
-    """Every remedy frees what it says: doing it leaves that much less missing."""
+    """After a remedy is applied, the missing memory is smaller by the bytes that the remedy
+    states.
+    """
     config = run(
         {
             "per_device_train_batch_size": 8,

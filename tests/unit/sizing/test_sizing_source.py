@@ -1,4 +1,4 @@
-"""Where a model is found, and an architecture that nobody taught the sizer."""
+"""Where the sizer finds a model, and architectures that it does not know."""
 
 import json
 import struct
@@ -31,7 +31,7 @@ def write_safetensors(path, shapes, dtype="BF16", width=2):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch, all_shapes):
-    """A hub cache with one model in it, as huggingface_hub lays it out."""
+    """The folder of a model in a hub cache with the layout of huggingface_hub."""
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     folder = tmp_path / "hub" / ("models--" + ID.replace("/", "--"))
@@ -115,10 +115,11 @@ def test_an_unknown_architecture_is_sized_from_its_headers(tmp_path):
     spec = read_spec(str(tmp_path))
     assert spec.parameters == count
     assert spec.margin == UNKNOWN_MARGIN
-    assert spec.tied  # there is no head of its own in the headers
+    assert spec.tied  # the headers have no separate LM head
     assert spec.layers == 2
     assert any("unknown architecture" in note for note in spec.notes)
-    write_unknown_model(tmp_path, sliding_window=0)  # as transformers 5 writes "none" for some
+    # For some models transformers 5 writes 0 if there is no window.
+    write_unknown_model(tmp_path, sliding_window=0)
     assert read_spec(str(tmp_path)).blocks[0].cache.window is None
 
 

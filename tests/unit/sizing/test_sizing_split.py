@@ -1,4 +1,6 @@
-"""A model over several cards: what each of them holds, and how many are chosen."""
+"""A model that is split over several cards: the part of each card, and the chosen number of
+cards.
+"""
 
 import pytest
 
@@ -60,7 +62,8 @@ def test_two_cards_hold_half_of_the_weights_each(spec_of, card, run):
     )
     assert term_bytes(two_cards, "engine.communication") > 0
     assert two_cards.model.parameters == one_card.model.parameters
-    # A of q_proj is whole on both cards, its B is not: more than half, less than all.
+    # Both cards have all of lora_A of q_proj, but only a part of lora_B. So a card has more than
+    # half of the adapter, and less than all of it.
     assert term_bytes(one_card, "trainer.adapter") / 2 < term_bytes(two_cards, "trainer.adapter")
     assert term_bytes(two_cards, "trainer.adapter") < term_bytes(one_card, "trainer.adapter")
     assert any("tensor_parallel_size 2" in note for note in two_cards.model.notes)
@@ -71,7 +74,7 @@ def test_auto_is_the_smallest_number_that_fits(spec_of, card, run):
     config = run(tensor_parallel_size="auto", checkpointing=True)
     large = solve(config, spec, card("h100"), world_size=4)
     assert (large.feasible, large.choice.tensor_parallel_size) == (True, 1)
-    small = solve(config, spec, card("4080"), world_size=4)  # 16 GB: the weights alone are 15.2
+    small = solve(config, spec, card("4080"), world_size=4)  # 16 GB, of which the weights need 15.2
     assert (small.feasible, small.choice.tensor_parallel_size) == (True, 2)
     assert small.apply(config).model.tensor_parallel_size == 2
 
@@ -91,7 +94,9 @@ def split_remedies(result):
 
 
 def test_the_cards_of_the_run_are_offered_before_more_cards(spec_of, card, run):
-    """Eight cards and a 70B model, and nothing written: the same batch on two groups of four."""
+    """A 70B model on eight cards, without tensor_parallel_size in the run file: the remedy has the
+    same generation batch on two groups of four cards.
+    """
     spec, config = spec_of("meta-llama/Llama-3.3-70B-Instruct"), run(r=32)
     result = solve(config, spec, card("h100"), world_size=8)
     (remedy,) = split_remedies(result)
@@ -114,7 +119,9 @@ def test_a_number_that_is_too_small_is_offered_a_larger_one(spec_of, card, run):
     assert not result.feasible
     (remedy,) = split_remedies(result)
     assert remedy.change == "4 cards (--world-size 4) with tensor_parallel_size 4"
-    assert not [one for one in result.remedies if "load_in_4bit" in one.change], "TP003 refuses it"
+    assert not [one for one in result.remedies if "load_in_4bit" in one.change], (
+        "TP003 refuses 4 bits"
+    )
 
 
 def test_4bit_weights_get_no_remedy_to_split_the_model(spec_of, card, run):
@@ -127,7 +134,7 @@ def test_4bit_weights_get_no_remedy_to_split_the_model(spec_of, card, run):
 def test_a_32b_model_is_split_if_one_card_is_too_small(spec_of, card, run):
     spec = spec_of("Qwen/Qwen2.5-32B")
     config = run(r=32, tensor_parallel_size="auto", checkpointing=True)
-    result = solve(config, spec, card("a6000"), world_size=4)  # 48 GB, and 61 of weights
+    result = solve(config, spec, card("a6000"), world_size=4)  # 48 GB, and the weights need 61
     assert (result.feasible, result.choice.tensor_parallel_size) == (True, 2)
     assert term_bytes(result, "engine.weights") == pytest.approx(32.76e9, rel=0.02)
     assert term_bytes(result, "engine.communication") > 0

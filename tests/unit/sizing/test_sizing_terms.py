@@ -1,4 +1,6 @@
-"""Terms by hand: quantized weights, adapters, optimizer states, graphs, calibration."""
+"""Terms of a sizing computed by hand: quantized weights, adapters, optimizer states and CUDA
+graphs. Also the calibration with measured values.
+"""
 
 import json
 
@@ -47,7 +49,9 @@ def test_bytes_of_a_quantized_matrix(scheme, nbytes):
 
 
 def test_embeddings_and_head_stay_in_16_bits(spec_of):
-    """NF4 on load: embeddings and head are 16-bit, the layers 0.5 byte and 4/64 a weight."""
+    """With NF4 on load, embeddings and LM head have 16 bits. The layers have 0.5 bytes per weight
+    and 4 bytes per 64 weights.
+    """
     spec = spec_of(EIGHT_B)
     tables = 2 * 128256 * 4096 * 2
     layers = 8030261248 - 2 * 128256 * 4096
@@ -56,14 +60,17 @@ def test_embeddings_and_head_stay_in_16_bits(spec_of):
 
 
 def test_latent_attention_unpacks_a_quantized_kv_b_proj(spec_of):
-    """DeepSeek V3 in FP8: 61 layers x 512 x 128 heads x (128 + 128) once more, in 16 bits."""
+    """For DeepSeek V3 in FP8 the engine needs 61 layers x 512 x 128 heads x (128 + 128) values in
+    16 bits in addition.
+    """
     spec = spec_of("deepseek-ai/DeepSeek-V3")
     added_bytes = weight_bytes(spec, "bfloat16", spec.quantization, engine=True) - weight_bytes(
         spec, "bfloat16", spec.quantization
     )
     assert added_bytes == 61 * 512 * 128 * 256 * 2
     unquantized = weight_bytes(spec, "bfloat16", None, engine=True)
-    assert unquantized == weight_bytes(spec, "bfloat16", None)  # views, no copy
+    # The engine uses views and makes no copy.
+    assert unquantized == weight_bytes(spec, "bfloat16", None)
 
 
 def test_the_engine_pads_the_vocabulary(spec_of):
@@ -90,7 +97,9 @@ def test_skipped_modules_are_not_quantized():
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), r".*\.(q_proj|v_proj)"])
 def test_adapter_parameters(spec_of, targets):
-    """r x (in + out) a module: 16 layers, q 2048 x 2048, v 2048 x 512."""
+    """A module has r x (in + out) parameters. There are 16 layers; q_proj is 2048 x 2048, v_proj is
+    2048 x 512.
+    """
     found = lora_bytes.adapter_parameters(spec_of(ONE_B), 8, targets)
     assert found == 16 * 8 * ((2048 + 2048) + (2048 + 512))
 
@@ -121,7 +130,7 @@ def test_an_adapter_is_float32_on_a_quantized_base_too(spec_of, card, run):
         sizes[four_bit] = {line.name: line.nbytes for line in result.terms}
     for name in ("trainer.adapter", "trainer.optimizer"):
         assert sizes[False][name] == sizes[True][name]
-    # Autocast keeps a bfloat16 copy of it during a step.
+    # Autocast keeps a bfloat16 copy of the adapter during a step.
     assert sizes[True]["trainer.adapter_copies"] == sizes[True]["trainer.adapter"] // 2
     assert sizes[True]["trainer.dequantized"] == 14336 * 4096 * 2
 
