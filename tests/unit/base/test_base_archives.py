@@ -1,4 +1,4 @@
-"""One bad member and the archive is refused before anything has been written."""
+"""An archive with one bad member is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_truncated_archive_is_an_input_error(tmp_path: Path) -> None:
 def test_a_corrupt_member_is_an_input_error(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", ("x", bytes(range(256)) * 100))
     damaged = bytearray(archive.read_bytes())
-    damaged[33:60] = b"\xff" * 27  # what follows the header of 30 bytes and the name
+    damaged[33:60] = b"\xff" * 27  # the data after the header of 30 bytes and the name
     archive.write_bytes(damaged)
     with pytest.raises(InputError, match="not a readable archive: Error -3 while decompressing"):
         unpack(archive, tmp_path / "into")
@@ -138,7 +138,7 @@ def test_a_corrupt_member_is_an_input_error(tmp_path: Path) -> None:
 def test_a_member_with_a_password_is_refused(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", ("x", b"1"))
     damaged = bytearray(archive.read_bytes())
-    for flags in (6, damaged.index(b"PK\x01\x02") + 8):  # in both headers
+    for flags in (6, damaged.index(b"PK\x01\x02") + 8):  # the encryption flag in both headers
         damaged[flags] |= 1
     archive.write_bytes(damaged)
     with pytest.raises(ConfigError, match="the member 'x' is encrypted"):
@@ -155,7 +155,7 @@ def test_a_member_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> 
 
 
 def test_the_entry_of_the_packed_folder_itself_is_ignored(tmp_path: Path) -> None:
-    """What ``tar -C data -czf data.tgz .`` makes: ./ and ./file."""
+    """``tar -C data -czf data.tgz .`` creates an archive with the members ./ and ./file."""
     folder = tmp_path / "data"
     (folder / "sub").mkdir(parents=True)
     (folder / "x.jsonl").write_text("{}")
@@ -215,7 +215,7 @@ def test_a_chain_of_headers_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [-512, -1024, -1])
 def test_a_member_of_negative_size_is_refused(tmp_path: Path, size: int) -> None:
-    """tarfile would read the same header for ever."""
+    """tarfile would read the same header again and again without an end."""
     archive = tmp_path / "a.tar"
     first, second = (
         bytearray(tar_header("a", tarfile.REGTYPE, 0)),
@@ -229,7 +229,7 @@ def test_a_member_of_negative_size_is_refused(tmp_path: Path, size: int) -> None
 
 
 def test_an_archive_above_the_maximum_ratio_is_refused_quickly(tmp_path: Path) -> None:
-    """Four gigabytes of zeros in four megabytes: refused after the first part of it."""
+    """256 MiB of zeros are refused after a part of them is decompressed."""
     archive = tmp_path / "a.tgz"
     block = bytes(1 << 24)
     with gzip.open(archive, "wb", compresslevel=1) as file:
@@ -269,13 +269,13 @@ def test_control_characters_of_a_member_name_are_escaped(tmp_path: Path) -> None
     assert "[U+001B]" in str(ConfigError("x", where="a\x1b[31m"))
 
 
-@pytest.mark.parametrize("what", ["pipe", "device", "loop"])
-def test_an_archive_path_that_is_not_a_regular_file_is_refused(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop"])
+def test_an_archive_path_that_is_not_a_regular_file_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.tgz"
-    if what == "pipe":
+    if kind == "pipe":
         os.mkfifo(path)
     else:
-        path.symlink_to("/dev/zero" if what == "device" else path)
+        path.symlink_to("/dev/zero" if kind == "device" else path)
     with pytest.raises(InputError, match=r"not a regular file|form a loop"):
         unpack(path, tmp_path / "into")
 

@@ -1,4 +1,4 @@
-"""A mapped file that is cut short ends the process with one line and a documented exit code."""
+"""If a memory-mapped file is truncated, the process prints one line and ends with exit code 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors say what, where and what to do, and end with a code that is in the table."""
+"""An error has a message, a location and a fix, and its exit code is in the table EXIT_CODES."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_every_error_class_has_an_exit_code_of_the_table(kind: type[ToolkitError
 
 def test_the_readme_lists_the_exit_codes_of_the_table() -> None:
     section = README.read_text("utf-8").partition("## Exit codes")[2].partition("\n## ")[0]
-    told = [int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)]
-    assert told == list(EXIT_CODES)
+    codes = [int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)]
+    assert codes == list(EXIT_CODES)
 
 
 @pytest.mark.parametrize(

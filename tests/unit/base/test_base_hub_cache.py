@@ -1,4 +1,4 @@
-"""A model of the hub is found in the cache as huggingface_hub finds it, and never outside of it."""
+"""A model is found in the hub cache as huggingface_hub finds it, and never outside the cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cached_model_folder(tmp_path: Path) -> Path:
-    """The model's folder in a cache below HF_HOME."""
+    """The folder of a model in a hub cache. HF_HOME must be ``tmp_path``."""
     cached_model_folder = tmp_path / "hub/models--org--name"
     (cached_model_folder / "refs/pr").mkdir(parents=True)
     (cached_model_folder / "refs/main").write_text(COMMIT)

@@ -1,4 +1,6 @@
-"""Names from elsewhere stay in their folder; what we write is 0644 and 0755 at most."""
+"""Untrusted names cannot lead outside their folder. Written files have at most the mode 0644, and
+folders 0755.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,7 @@ def test_append_line_never_mixes_lines(tmp_path: Path) -> None:
 
 
 def test_a_special_file_is_never_replaced(tmp_path: Path) -> None:
-    """``envcheck record /dev/null`` by root, with a pipe in the place of the device."""
+    """Root could run ``envcheck record /dev/null``. The test uses a pipe instead of the device."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for name in ("pipe", "link"):

@@ -1,4 +1,4 @@
-"""The peak memory of a process is its own."""
+"""The peak memory of a process, without the memory of its parent process."""
 
 from __future__ import annotations
 

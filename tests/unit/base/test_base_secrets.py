@@ -1,4 +1,6 @@
-"""Secrets are found by form, by the name of their key, and by being in the environment."""
+"""Secrets are found by their pattern, by the name of their key, and by the environment variable
+that has their value.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from toolkit.base.secrets import (
     redact_tree,
 )
 
-# Made up, and put together here, so that no scanner takes this file for a leak.
+# Invented secrets. Each is joined from parts, so that no secret scanner reports this file.
 EXAMPLES = {
     "Hugging Face token": "hf_" + "aB3dE6gH9jKl" * 3,
     "API key": "sk-" + "proj-" + "x1Y2z3" * 8,

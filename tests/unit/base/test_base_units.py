@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Bytes, durations and counts are printed in readable units."""
 
 from __future__ import annotations
 

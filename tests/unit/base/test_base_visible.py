@@ -1,4 +1,4 @@
-"""No character that a terminal or a browser would act on gets through."""
+"""Characters that a terminal or a browser would interpret are escaped."""
 
 from __future__ import annotations
 

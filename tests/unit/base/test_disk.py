@@ -1,4 +1,4 @@
-"""What a disk says when it fails, whoever passes it on: one message, and a code to act on."""
+"""A disk failure has the same message and exit code, whichever library reports it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RustError(Exception):
-    """As safetensors and tokenizers raise."""
+    """An exception like those of safetensors and tokenizers."""
 
 
 def caused(outer: Exception, cause: Exception, *, by: str = "cause") -> Exception:
@@ -30,7 +30,7 @@ def full_disk(name=None):
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "word"),
+    ("error", "kind", "expected_text"),
     [
         (full_disk("/tmp/x"), ConfigError, "the disk is full"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), ConfigError, "the disk is full (Disk quota"),
@@ -52,21 +52,21 @@ def full_disk(name=None):
         (caused(RuntimeError("could not save"), full_disk()), ConfigError, "the disk is full"),
     ],
 )  # fmt: skip
-def test_a_failure_of_every_writer_has_the_same_message(tmp_path, error, kind, word):
-    told = disk_errors.to_toolkit_error(error, tmp_path)
-    assert type(told) is kind
-    assert told.exit_code == {ConfigError: 1, NodeError: 3}[kind]
-    assert word in told.message
-    assert " (file system /" in told.where
-    assert told.fix
+def test_a_failure_of_every_writer_has_the_same_message(tmp_path, error, kind, expected_text):
+    failure = disk_errors.to_toolkit_error(error, tmp_path)
+    assert type(failure) is kind
+    assert failure.exit_code == {ConfigError: 1, NodeError: 3}[kind]
+    assert expected_text in failure.message
+    assert " (file system /" in failure.where
+    assert failure.fix
 
 
 def test_a_writer_without_an_error_number_is_explained_by_the_free_space(tmp_path, monkeypatch):
     error = RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed")
     assert isinstance(disk_errors.to_toolkit_error(error, tmp_path), NodeError)
     monkeypatch.setattr(disk_errors, "free_bytes", lambda _: 1000)
-    told = disk_errors.to_toolkit_error(error, tmp_path, needed=3000)
-    assert "2.9 KiB needed, 1000 B free, 2.0 KiB missing" in told.message
+    failure = disk_errors.to_toolkit_error(error, tmp_path, needed=3000)
+    assert "2.9 KiB needed, 1000 B free, 2.0 KiB missing" in failure.message
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_an_error_that_is_not_a_disk_failure_is_not_translated(tmp_path, error):
 
 
 def test_a_full_disk_is_recognised_without_a_path():
-    told = disk_errors.to_toolkit_error_without_path(full_disk("/proc/self/none"))
-    assert "the disk is full" in told.message
-    assert "checkpoint" not in told.message
+    failure = disk_errors.to_toolkit_error_without_path(full_disk("/proc/self/none"))
+    assert "the disk is full" in failure.message
+    assert "checkpoint" not in failure.message
     assert (
         disk_errors.to_toolkit_error_without_path(OSError(errno.EACCES, "Permission denied"))
         is None
@@ -96,17 +96,17 @@ def test_a_full_disk_is_recognised_without_a_path():
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path):
-    place = tmp_path / "a tiny disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    mount_point = tmp_path / "a tiny disk"
+    mount_point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount_point)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield mount_point
+    subprocess.run(["umount", "-l", str(mount_point)], check=True)
 
 
 def test_real_writers_on_a_real_full_disk(tiny_disk):
-    """safetensors, torch, tokenizers and Arrow, as they are installed."""
+    """The installed safetensors, torch, tokenizers and Arrow write to a full disk."""
     import pyarrow as pa
     import torch
     from pyarrow import parquet
@@ -124,11 +124,11 @@ def test_real_writers_on_a_real_full_disk(tiny_disk):
     }
     for name, write in writers.items():
         file = tiny_disk / name
-        with pytest.raises(Exception) as caught:  # noqa: PT011 - each library has its own
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - each library raises its own class
             write(str(file))
-        told = disk_errors.to_toolkit_error(caught.value, file, needed=1 << 20)
-        assert isinstance(told, ConfigError), (name, caught.value)
-        assert "the disk is full (No space left on device): 1.0 MiB needed" in told.message, name
-        assert "missing" in told.message, name
-        assert f"(file system {tiny_disk}, tmpfs)" in told.where
+        failure = disk_errors.to_toolkit_error(caught.value, file, needed=1 << 20)
+        assert isinstance(failure, ConfigError), (name, caught.value)
+        assert "the disk is full (No space left on device): 1.0 MiB needed" in failure.message, name
+        assert "missing" in failure.message, name
+        assert f"(file system {tiny_disk}, tmpfs)" in failure.where
         file.unlink(missing_ok=True)

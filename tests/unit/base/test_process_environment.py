@@ -1,4 +1,6 @@
-"""What a launcher says of a process is read once, and nonsense is the launcher's to mend."""
+"""The world size and the ranks are read from the variables that a launcher sets. An invalid
+variable is an InputError.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ def test_the_variables_of_torchrun_are_read() -> None:
     assert environment.local_world_size({"WORLD_SIZE": "2"}) == 2
 
 
-@pytest.mark.parametrize("nothing", [{}, {"WORLD_SIZE": "", "RANK": ""}])
-def test_without_variables_the_world_size_is_1(nothing: dict[str, str]) -> None:
-    assert environment.world_size(nothing) == environment.local_world_size(nothing) == 1
-    assert environment.rank(nothing) == environment.local_rank(nothing) == 0
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "", "RANK": ""}])
+def test_without_variables_the_world_size_is_1(variables: dict[str, str]) -> None:
+    assert environment.world_size(variables) == environment.local_world_size(variables) == 1
+    assert environment.rank(variables) == environment.local_rank(variables) == 0
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-1", "1.5", "99999999"])

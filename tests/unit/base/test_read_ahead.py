@@ -1,4 +1,4 @@
-"""Reading weights into the system's cache while something else is imported."""
+"""Files of weights are read into the operating system's cache while other modules are imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def weights_folder(tmp_path: Path) -> Path:
-    """Two files of weights, another file, and a pipe that nobody writes to."""
+    """A folder with two files of weights, another file, and a pipe without a writer."""
     (tmp_path / "a.safetensors").write_bytes(b"a" * 3000)
     (tmp_path / "b.safetensors").write_bytes(b"b" * 1001)
     (tmp_path / "config.json").write_bytes(b"{}" * 500)
@@ -33,7 +33,7 @@ def test_every_byte_of_the_weights_is_read_once(
     assert reading is not None
     reading.wait()
     assert reading.bytes_read >= 4001
-    assert read_ahead(weights_folder, 1 << 30) is None  # a second time is for nothing
+    assert read_ahead(weights_folder, 1 << 30) is None  # not read twice
 
 
 def test_a_folder_that_does_not_fit_or_does_not_exist_is_not_read(

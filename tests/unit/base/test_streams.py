@@ -1,4 +1,4 @@
-"""Streams that take nothing any more."""
+"""A process continues if stdout or stderr is lost or closed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ sys.exit(75)
 
 
 @pytest.mark.parametrize(
-    ("streams", "told"),
+    ("redirection", "expected"),
     [
         ("| true", "warning: stdout is lost (Broken pipe); the run continues without it\nsaid\n"),
         (">/dev/full", "warning: stdout is lost (No space left on device); the run continues"),
@@ -36,9 +36,9 @@ sys.exit(75)
         (">/dev/null", "said\n"),
     ],
 )
-def test_a_process_continues_without_its_streams(tmp_path, streams, told):
+def test_a_process_continues_without_its_streams(tmp_path, redirection, expected):
     mark = tmp_path / "mark"
-    code = 'set -o pipefail; "$0" -c "$1" "$2" ' + streams
+    code = 'set -o pipefail; "$0" -c "$1" "$2" ' + redirection
     shown = subprocess.run(
         ["bash", "-c", code, sys.executable, SCRIPT, str(mark)],
         stderr=subprocess.PIPE,
@@ -46,14 +46,16 @@ def test_a_process_continues_without_its_streams(tmp_path, streams, told):
         check=False,
     )
     assert shown.returncode == 75
-    assert shown.stderr.startswith(told)
-    assert bool(shown.stderr) == bool(told)
-    # Nothing that was printed went into a file that took a closed stream's number.
+    assert shown.stderr.startswith(expected)
+    assert bool(shown.stderr) == bool(expected)
+    # No output is in this file, although it could get the descriptor of a closed stream.
     assert mark.read_text() == "done"
 
 
 def test_a_child_process_inherits_the_reopened_streams(tmp_path):
-    """The process of the rewards, and of whatever they start."""
+    """The process of the rewards is such a child process, and so are the processes that rewards
+    start.
+    """
     inner = "import sys; print('said'); print('said', file=sys.stderr)"
     script = (
         "import subprocess, sys\n"

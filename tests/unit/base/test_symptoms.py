@@ -1,5 +1,5 @@
-"""Every text that people paste is recognised, in the wording of the releases that print it, and
-nothing else is.
+"""The error texts of other libraries are recognised in the wording of each release. Other texts
+match no symptom.
 """
 
 from __future__ import annotations
@@ -151,10 +151,10 @@ def wrap_lines(lines: list[str], width: int) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, width)]
 
 
-@pytest.mark.parametrize("how", DECORATED)
-def test_each_text_is_recognised_in_a_pasted_log(how: str) -> None:
+@pytest.mark.parametrize("decoration", DECORATED)
+def test_each_text_is_recognised_in_a_pasted_log(decoration: str) -> None:
     for text, symptom, code in PASTED:
-        found = find_symptoms("\n".join(DECORATED[how](text.split("\n"))))
+        found = find_symptoms("\n".join(DECORATED[decoration](text.split("\n"))))
         assert [(one.id, one.exit_code) for one in found] == [(symptom, code)], text
 
 
@@ -178,12 +178,12 @@ def test_other_texts_match_no_symptom(text: str) -> None:
 
 
 def test_two_failures_in_one_log_are_both_found() -> None:
-    first, then = (
+    first, second = (
         next(text for text, symptom, _ in PASTED if symptom == wanted)
         for wanted in ("no-cache-blocks", "lora-rank")
     )
     found = find_symptoms(
-        f"{first}\nDuring handling of the above exception, another occurred:\n{then}"
+        f"{first}\nDuring handling of the above exception, another occurred:\n{second}"
     )
     assert [one.id for one in found] == ["no-cache-blocks", "lora-rank"]
 

@@ -1,5 +1,5 @@
-"""At least 90 texts of upstream are explained by the check that finds them, with the exit code, and
-with the value to set where the text has the numbers.
+"""At least 90 error texts of other libraries are explained with the check that finds the problem
+and with the exit code. If a text has numbers, the remedy has the value to set.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def test_there_are_texts_for_every_check_and_every_symptom() -> None:
 
 @pytest.mark.parametrize("at", [40, 70_000])
 def test_a_log_of_20_megabytes_is_explained_in_under_a_second(at: int) -> None:
-    """Colours, ranks that write at once, and Windows' line ends; also with the error in the middle
-    of lines that have the same words.
+    """The log has colours, lines of several ranks, and line ends of Windows. The error is near the
+    start, or between many lines with the same words.
     """
     lines = [
         f"\x1b[36m(EngineCore_DP0 pid={n % 8})\x1b[0m INFO 11-24 12:10:28 [core.py:7] at {n}\r\n"
@@ -111,18 +111,20 @@ def test_a_command_and_explain_print_the_same_remedy(
     with pytest.raises(SystemExit) as end, report_errors():
         raise RuntimeError(text)
     assert end.value.code == 3
-    told = CliRunner().invoke(cli, ["explain", "-"], input=text).output
-    assert find_symptoms(text)[0].title in told
+    output = CliRunner().invoke(cli, ["explain", "-"], input=text).output
+    assert find_symptoms(text)[0].title in output
     assert find_symptoms(text)[0].title in capsys.readouterr().err
 
 
 def test_a_consequence_is_reported_only_without_another_symptom() -> None:
-    """Its own text names no cause, so the cause of the same log is what counts."""
+    """The text of a consequence names no cause. If the log also has the cause, only the cause is
+    reported.
+    """
     ended = [text for symptom, *_, text in TEXTS if symptom in CONSEQUENCES]
     cause = next(text for symptom, *_, text in TEXTS if symptom == "no-kernel-image")
     for text in ended:
         assert [one.exit_code for one in find_symptoms(text)] == [5]
         assert [one.id for one in find_symptoms(f"{cause}\n{text}")] == ["no-kernel-image"]
-        told = CliRunner().invoke(cli, ["explain", "-"], input=text)
-        assert told.exit_code == 0
-        assert "could not be established" in told.output
+        result = CliRunner().invoke(cli, ["explain", "-"], input=text)
+        assert result.exit_code == 0
+        assert "could not be established" in result.output

@@ -1,4 +1,4 @@
-"""Versions are compared as PEP 440 does, and drivers as NVIDIA numbers them."""
+"""Versions are compared as PEP 440 says. Driver versions are compared by their numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What ``toolkit bench`` offers is what the benchmark has, said without torch."""
+"""The choices of ``toolkit bench`` are those of the benchmark. The help and the refusals do not
+import torch.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def test_an_unknown_arm_is_a_usage_error() -> None:
 
 @pytest.mark.parametrize("shape", ["llama-8b", None], ids=["llama-8b", "default"])
 def test_a_large_shape_without_a_gpu_is_refused_at_once(tmp_path: Path, shape: str | None) -> None:
-    """Before torch is imported and the checkpoint of 16 GiB is begun."""
+    """The refusal comes before torch is imported and before the checkpoint of 16 GiB is created."""
     paths = ["--models", str(tmp_path / "models"), "--out", str(tmp_path / "out")]
     chosen = ["--shape", shape] if shape else []
     done = subprocess.run(

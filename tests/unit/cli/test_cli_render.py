@@ -1,4 +1,4 @@
-"""Tables fit, colours stay where they help."""
+"""Tables fit the terminal. Colours are used only on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is printed and written of a defect of ours, where there is no run folder."""
+"""The message and the report of a defect of the toolkit, if there is no run folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def exit_code_and_stderr(error: Exception, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """The exit code and what is printed where a command raises ``error``."""
+    """The exit code and the stderr of a command that raises ``error``."""
     with pytest.raises(SystemExit) as end, report_errors():
         raise error
     return int(str(end.value.code)), capsys.readouterr().err
@@ -35,10 +35,10 @@ def test_without_a_run_folder_the_report_is_in_the_current_folder(
     error, tmp_path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, told = exit_code_and_stderr(error, capsys)
+    code, stderr = exit_code_and_stderr(error, capsys)
     (report,) = tmp_path.glob("toolkit-defect-*.txt")
     assert code == 70
-    assert f"this is a defect of the toolkit; the report is in {report}" in told
+    assert f"this is a defect of the toolkit; the report is in {report}" in stderr
     text = report.read_text()
     assert f"{type(error).__name__}: {error}" in text
     assert "no run was loaded" in text
@@ -46,27 +46,27 @@ def test_without_a_run_folder_the_report_is_in_the_current_folder(
 
 
 def test_a_folder_that_is_not_writable_is_skipped(tmp_path, monkeypatch, capsys) -> None:
-    """A folder that is gone stands for one that may not be written: root may write anywhere."""
-    gone, there = tmp_path / "gone", tmp_path / "there"
-    gone.mkdir()
-    there.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(there))
-    _, told = exit_code_and_stderr(KeyError("x"), capsys)
-    (report,) = there.glob("toolkit-defect-*.txt")
-    assert str(report) in told
-    there_too = tmp_path / "nowhere"
-    monkeypatch.setattr(tempfile, "tempdir", str(there_too))
-    code, told = exit_code_and_stderr(KeyError("x"), capsys)
+    """The test uses a deleted folder, because root can write to a read-only folder."""
+    deleted, temporary = tmp_path / "gone", tmp_path / "there"
+    deleted.mkdir()
+    temporary.mkdir()
+    monkeypatch.chdir(deleted)
+    deleted.rmdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    _, stderr = exit_code_and_stderr(KeyError("x"), capsys)
+    (report,) = temporary.glob("toolkit-defect-*.txt")
+    assert str(report) in stderr
+    missing = tmp_path / "nowhere"
+    monkeypatch.setattr(tempfile, "tempdir", str(missing))
+    code, stderr = exit_code_and_stderr(KeyError("x"), capsys)
     assert code == 70
-    assert "run again with --debug and attach the output" in told
+    assert "run again with --debug and attach the output" in stderr
 
 
 def test_an_error_that_is_not_a_defect_writes_no_report(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    code, told = exit_code_and_stderr(ConfigError("is wrong", fix="mend it"), capsys)
-    assert (code, told) == (1, "error: is wrong\n  fix: mend it\n")
+    code, stderr = exit_code_and_stderr(ConfigError("is wrong", fix="mend it"), capsys)
+    assert (code, stderr) == (1, "error: is wrong\n  fix: mend it\n")
     assert os.listdir(tmp_path) == []
 
 

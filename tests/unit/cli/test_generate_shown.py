@@ -1,4 +1,4 @@
-"""A completion cannot steer the terminal that it is shown on."""
+"""A printed completion cannot control the terminal."""
 
 from __future__ import annotations
 

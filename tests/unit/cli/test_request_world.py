@@ -1,4 +1,4 @@
-"""`envcheck check --config` inside a job of several processes judges for all of them."""
+"""In a job of several processes, `envcheck check --config` uses the world size of the job."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_groups_may_span_all_processes(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_every_form_of_a_requirement_is_parsed() -> None:
-    """A second part of a compute capability may be left out; a driver's version has any number."""
+    """A compute capability can have no minor version. A driver version has any number of parts."""
     values = check_request.parse_requirements(
         ["cc>=9", "free >= 1.5 GiB", "driver>=580.65.06", "2"]
     )

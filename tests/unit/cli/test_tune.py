@@ -1,4 +1,4 @@
-"""``toolkit tune``: which shapes are tuned, and what is said where nothing can be."""
+"""``toolkit tune``: the shapes that are tuned, and the errors if tuning is not possible."""
 
 from __future__ import annotations
 

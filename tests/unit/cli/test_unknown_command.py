@@ -1,4 +1,6 @@
-"""A misspelled command, or a command of the other program, is answered with the right command."""
+"""The error for a misspelled command, or for a command of the other program, names the right
+command.
+"""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_a_number_that_is_too_small_is_offered_a_larger_one(spec_of, card, run):
     (remedy,) = split_remedies(result)
     assert remedy.change == "4 cards (--world-size 4) with tensor_parallel_size 4"
     assert not [one for one in result.remedies if "load_in_4bit" in one.change], (
-        "TP003 refuses 4 bits"
+        "rule TP003 refuses a split model with 4-bit weights"
     )
 
 
