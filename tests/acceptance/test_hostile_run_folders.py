@@ -1,4 +1,6 @@
-"""Run folders and adapters that somebody else made, given to generate, export and train."""
+"""``generate``, ``export`` and ``export --merge`` on manipulated run folders and adapters. Each
+command succeeds, or ends with one error message and writes nothing.
+"""
 
 from __future__ import annotations
 

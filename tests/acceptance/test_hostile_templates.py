@@ -1,4 +1,6 @@
-"""Chat templates that never end or make a text of any size, with each command that may meet one."""
+"""Hostile chat templates (endless, of unlimited output, invalid, or with code), given to every
+command that may read one.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,12 @@ COMMANDS = {
     "export": ("toolkit", "export", "done", "--to", "exported"),
 }
 NAMED = ("chat template",)
-QUIET = ("validate", "size", "dry run", "export")  # no chat is rendered
+QUIET = ("validate", "size", "dry run", "export")  # these commands render no chat
 
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
-    """A world of chats with a run that has ended."""
+    """A folder with a chat model, a chat dataset and a finished run in ``done``."""
     root = tmp_path_factory.mktemp("templates")
     make_model(root)
     from tiny_llama import make_tiny
@@ -59,7 +61,7 @@ def chats(tmp_path_factory):
 
 
 def run(folder, *words):
-    """A command; ``toolkit`` without the price of a start."""
+    """Run a command; ``toolkit`` runs in a forked process, which saves the imports."""
     if words[0] == "toolkit":
         return run_commands([{"folder": folder, "arguments": list(words[1:]), "limit_s": 120}])[0]
     return subprocess.run(
@@ -89,6 +91,6 @@ def test_a_hostile_chat_template_with_every_command(chats, tmp_path, name):
         assert not (folder / "pwned").exists()
         if command not in QUIET:
             assert shown.stderr.count("error: ") == 1, (command, shown.stderr)
-            # A template that ends within the time limit can still make too long a prompt.
+            # A template that ends within the time limit can still render a prompt that is too long.
             reasons = ("chat template", "has 200000 tokens") if name == "is long" else NAMED
             assert any(reason in shown.stderr for reason in reasons), (command, shown.stderr)

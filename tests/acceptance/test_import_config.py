@@ -1,10 +1,11 @@
-"""``toolkit import``: files of other tools become run files, line by line as expected, and nothing
-of them is executed.
+"""``toolkit import`` converts files of other tools to exactly the expected run files, and executes
+nothing of those files.
 
-``tests/fixtures/foreign`` has a synthetic file for each way in which a tool is used; beside it,
-``expected`` has the run file that comes of it. ``OUTCOMES`` has the exit code and the rules of the
-errors that the written file has. To make the expected files anew after a change that is meant:
-``TOOLKIT_REWRITE_EXPECTED=1 pytest tests/acceptance/test_import_config.py``, and read the diff.
+``tests/fixtures/foreign`` has a synthetic file for each way in which a tool is used. Its folder
+``expected`` has the run file for each of them. ``OUTCOMES`` has for each file the format, the exit
+code and the rules of the errors in the written run file. After an intended change, run
+``TOOLKIT_REWRITE_EXPECTED=1 pytest tests/acceptance/test_import_config.py`` to write the expected
+files again, and read the diff.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ OUTCOMES: dict[str, tuple[str, int, set[str]]] = {
 
 
 def run(*arguments: object) -> Any:
-    """The command in this process."""
+    """Run ``toolkit import`` in this process."""
     outcome = CliRunner().invoke(import_config, [str(one) for one in arguments])
     assert outcome.exception is None or isinstance(outcome.exception, SystemExit), outcome.exc_info
     return outcome
@@ -107,13 +108,13 @@ def test_a_file_becomes_the_expected_run_file(path: Path, tmp_path: Path) -> Non
     assert text == expected.read_text(encoding="utf-8")
     assert (outcome.exit_code, set(re.findall(r"error\[(\w+)\]", outcome.stderr))) == (code, errors)
     document = load_document(to)
-    assert document.findings == []  # whatever stands in the other file, this is a clean run file
+    assert document.findings == []  # the run file has no finding, whatever the other file contains
     assert guess_format(document) is None or NO_MODEL in errors
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_no_setting_is_lost(path: Path, tmp_path: Path) -> None:
-    """Each setting that was read is in the run file, or in one of the lists, with its place."""
+    """The run file names each setting of the other file with its line, at a key or in a list."""
     to = tmp_path / "run.yaml"
     run(path, "--to", to)
     text = to.read_text(encoding="utf-8")
@@ -121,7 +122,7 @@ def test_no_setting_is_lost(path: Path, tmp_path: Path) -> None:
     for entry in read_foreign_config(str(path)).entries:
         row = load_table(form).find_row(entry.key)
         if entry.key.endswith("reward_weights") or (row is not None and row.convert is later):
-            continue  # worked out with others, and not by its own line
+            continue  # converted together with other settings, so it has no line of its own
         assert f"{entry.location}: {entry.key}" in text, entry
 
 
@@ -190,10 +191,12 @@ def test_the_result_can_be_printed_and_checked_with_strict() -> None:
     assert run(FOREIGN / "trl-cli.yaml", "--to", "-", "--strict").exit_code == 0
 
 
-@pytest.mark.parametrize(("more", "code"), [("mystery: 1", 5), ("test_split_size: 0.1", 1)])
-def test_strict_fails_for_what_is_missing(more: str, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("setting", "code"), [("mystery: 1", 5), ("test_split_size: 0.1", 1)])
+def test_strict_fails_for_unread_and_refused_settings(
+    setting: str, code: int, tmp_path: Path
+) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text((FOREIGN / "trl-cli.yaml").read_text() + more + "\n")
+    path.write_text((FOREIGN / "trl-cli.yaml").read_text() + setting + "\n")
     assert run(path).exit_code == 0
     assert run(path, "--strict", "--force").exit_code == code
 
@@ -211,7 +214,7 @@ def test_a_secret_is_not_copied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["verl", "ms-swift", "trl"])
 def test_a_hostile_name_stays_in_its_comment(form: str, tmp_path: Path) -> None:
-    """No text of the other file becomes a key of the run file."""
+    """Line breaks in the names and values of the other file add no keys to the run file."""
     path = tmp_path / "args.json"
     keys = '"a\\nruntime:\\n  allow_code: [evil]": 1, "x": "y\\u2028\\nmodel: {model_name: evil}"'
     path.write_text('{"model_name_or_path": "m\\nruntime: {allow_code: [evil]}", ' + keys + "}")
@@ -241,7 +244,7 @@ def test_the_table_of_a_format_is_printed() -> None:
 
 
 def test_a_notebook_with_large_outputs(tmp_path: Path) -> None:
-    """Larger than any run file: it is imported, and validate names the command all the same."""
+    """A notebook that is too large for a run file is imported, and validate names the command."""
     path = tmp_path / "large.ipynb"
     notebook = json.loads((FOREIGN / "notebook-qwen.ipynb").read_text())
     notebook["cells"][-1]["outputs"] = [{"output_type": "stream", "text": "x" * (1 << 20)}]

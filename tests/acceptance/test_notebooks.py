@@ -1,7 +1,7 @@
-"""The call patterns of ten public GRPO notebooks, in our own words, on a small model.
+"""The call patterns of public GRPO notebooks, rewritten for a small model.
 
-Each test is one notebook, top to bottom. Arguments are those of the notebook; ``notebook_world``
-says what is smaller here, and why.
+Each test follows one notebook from top to bottom and uses its arguments. The docstring of
+``notebook_world`` lists the arguments that differ here, and why.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def config(tmp_path: Path, **notebook: Any) -> GRPOConfig:
 
 
 def test_gsm8k_with_llama(folder: Path, tmp_path: Path) -> None:
-    """Llama 3.1 8B: five rewards, batch 1 with six generations, an adapter saved and asked."""
+    """Llama 3.1 8B: five rewards, batch size 1, six generations, sampling with a saved adapter."""
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=str(folder), max_lora_rank=32, gpu_memory_utilization=0.6, **SMALL_MODEL
     )
@@ -99,7 +99,7 @@ def test_gsm8k_with_llama(folder: Path, tmp_path: Path) -> None:
     assert isinstance(plain[0].outputs[0].text, str)
     assert len(asked[0].outputs[0].token_ids) <= 6
 
-    # The cells at the end: merged weights, the adapter alone, GGUF.
+    # The last cells save merged weights, the adapter alone, and GGUF.
     model.save_pretrained_merged(str(tmp_path / "m"), tokenizer, save_method="merged_16bit")
     model.save_pretrained_merged(str(tmp_path / "l"), tokenizer, save_method="lora")
     from transformers import AutoModelForCausalLM
@@ -121,7 +121,7 @@ def test_gsm8k_with_llama(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_gsm8k_with_qwen_and_half_precision_flags(folder: Path, tmp_path: Path) -> None:
-    """Qwen 2.5 3B: the older form, with PatchFastRL, bf16 and fp16 by the card."""
+    """Qwen 2.5 3B: older notebook with PatchFastRL; bf16 or fp16 depends on the GPU."""
     from toolkit import PatchFastRL, is_bfloat16_supported
 
     PatchFastRL("GRPO", FastLanguageModel)
@@ -145,7 +145,7 @@ def test_gsm8k_with_qwen_and_half_precision_flags(folder: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_gemma_with_fast_model(folder: Path, tmp_path: Path) -> None:
-    """Gemma 3 1B: FastModel, the finetune switches, a template by name, batch 4 = generations."""
+    """Gemma 3 1B: FastModel, finetune_* arguments, named template, 4 accumulation steps."""
     from toolkit.chat_templates import get_chat_template
 
     model, tokenizer = FastModel.from_pretrained(
@@ -189,7 +189,7 @@ def test_gemma_with_fast_model(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_phi_with_three_targets(folder: Path, tmp_path: Path) -> None:
-    """Phi-4: rank 16 on the MLP, Dr. GRPO's loss, the prompt length computed from the rest."""
+    """Phi-4: LoRA rank 16 on the MLP and the Dr. GRPO loss."""
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=str(folder), max_lora_rank=16, gpu_memory_utilization=0.7, **SMALL_MODEL
     )
@@ -209,7 +209,7 @@ def test_phi_with_three_targets(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_advanced_grpo_with_an_sft_start(folder: Path, tmp_path: Path) -> None:
-    """Qwen3 base: a template of its own, a supervised step, then GRPO with sampling params."""
+    """Qwen3 base: custom chat template, one SFT step, then GRPO with vllm_sampling_params."""
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -285,7 +285,7 @@ STRATEGY = "def add(a, b):\n    return a + b\n"
 
 
 def function_in(text: str) -> str | None:
-    """The first fenced block, as gpt-oss's kernel notebooks look for it."""
+    """The first fenced block, found with the pattern of the gpt-oss kernel notebooks."""
     match = re.search(r"```(?:python)?\n(.*?)```", text, flags=re.DOTALL)
     return match[1] if match else None
 
@@ -295,16 +295,16 @@ def share_of_passed_tests(source: str | None, tests: list[tuple[int, int, int]])
         return -2.0
     scope: dict[str, Any] = {}
     try:
-        exec(source, {"__builtins__": {}}, scope)  # noqa: S102 - what the notebook does
+        exec(source, {"__builtins__": {}}, scope)  # noqa: S102 - the notebook does so
         return sum(scope["add"](a, b) == c for a, b, c in tests) / len(tests)
-    except Exception:  # noqa: BLE001 - the model wrote it
+    except Exception:  # noqa: BLE001 - code of the model may raise anything
         return -1.0
 
 
 @pytest.mark.slow
 def test_code_rewards_as_gpt_oss_writes_kernels(folder: Path, tmp_path: Path) -> None:
-    """gpt-oss 20B: no engine, embeddings on the host refused by name, one prompt a thousand times,
-    rewards that run what was written, a TextStreamer afterwards.
+    """gpt-oss 20B: no engine; offload_embedding is refused; one prompt in all rows; the rewards run
+    the generated code; a TextStreamer prints a completion after the training.
     """
     from datasets import Dataset
     from transformers import TextStreamer
@@ -344,15 +344,15 @@ WORD = "cab"
 
 
 def hint(guess: str) -> str:
-    """Wordle's: + for a letter in its place, ? for one elsewhere, - for none."""
+    """A Wordle hint: + for a correct letter, ? for a letter at another position, - otherwise."""
     pairs = zip(guess.ljust(3)[:3], WORD, strict=True)
     return "".join("+" if a == b else "?" if a in WORD else "-" for a, b in pairs)
 
 
 @pytest.mark.slow
 def test_a_game_with_turns_through_rollout_func(folder: Path, tmp_path: Path) -> None:
-    """Wordle as the environment notebooks play it: two guesses, a hint between them that is
-    masked, and the reward from what the game says.
+    """Wordle as in the environment notebooks: two guesses with a hint between them. The tokens of
+    the hint are masked, and the reward is computed from the hint.
     """
     model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **SMALL_MODEL)
     model = FastLanguageModel.get_peft_model(model, r=4, target_modules=TARGETS, lora_alpha=8)
@@ -395,8 +395,8 @@ def test_a_game_with_turns_through_rollout_func(folder: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_held_out_rows_are_evaluated_during_training(folder: Path, tmp_path: Path) -> None:
-    """Llama 3.2 with evaluation: half of the rows held out, judged at each step; then a second
-    training of the saved adapter.
+    """Llama 3.2 with evaluation: half of the rows are held out and evaluated at each step. A second
+    training starts from the saved adapter.
     """
     model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **SMALL_MODEL)
     model = FastLanguageModel.get_peft_model(model, r=4, target_modules=TARGETS, lora_alpha=8)

@@ -1,4 +1,4 @@
-"""A whole run in an environment of OpenEnv: turns, its score as the reward, and a resume."""
+"""A whole run in an OpenEnv environment: several turns, the score as the reward, and a resume."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Letters(Environment[Say, Heard, State]):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedCommand:
-    """A run of two steps; the model's whole answer is the argument of each call."""
+    """A finished run of two steps. Each answer of the model is the argument of a tool call."""
     checkpoint = make_tiny(tmp_path_factory.mktemp("model"))
     tokenizer = make_tokenizer()
     tokenizer.chat_template, tokenizer.response_template = CHAT, template("step")

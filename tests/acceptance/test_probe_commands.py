@@ -1,4 +1,4 @@
-"""envcheck probe, check, record and replay as people and schedulers use them."""
+"""The commands envcheck probe, check, record and replay: output, exit codes and files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_each_reason_for_no_gpu_has_its_own_message(tmp_path: Path) -> None:
 
 
 def test_probe_describes_this_machine(tmp_path: Path) -> None:
-    """No fake: whatever is here, the exit code says whether it is a GPU."""
+    """Without a fake driver, the exit code depends on whether this machine has a GPU."""
     result = cases.load("cpu").envcheck(tmp_path, "probe", "--json", fake=False)
     report = json.loads(result.stdout)
     assert result.returncode == (0 if report["gpus"] else 3)
@@ -184,12 +184,12 @@ def test_a_node_of_eight_is_checked_in_two_seconds(tmp_path: Path) -> None:
 
 
 def test_checking_writes_nothing(tmp_path: Path) -> None:
-    """Neither in the working folder, nor in HOME, nor in the caches that it looks at."""
+    """The commands write no file to the working folder or to HOME."""
     home = tmp_path / "home"
     home.mkdir()
     case = cases.load("h200-healthy")
     config = cases.load("t4-bfloat16").run_file(tmp_path)
-    case.envcheck(tmp_path, "probe")  # writes the test's own node.json
+    case.envcheck(tmp_path, "probe")  # writes node.json, a file of the test itself
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     os.environ["HOME"], old = str(home), os.environ.get("HOME", "/root")
     try:

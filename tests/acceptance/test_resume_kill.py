@@ -1,8 +1,9 @@
-"""Killed at any point and started again, a run ends with the bytes of one that was left alone.
+"""A run that is killed at any point and started again writes the same bytes as an undisturbed run.
 
-The points are drawn from a seed: a phase (each comes up before one comes twice), which of the times
-that the run is in it, and how far into it, by the time that it took in the undisturbed run. Some
-are killed once more while they resume. Each point is printed with the phase that the kill found.
+The kill points are random, with a fixed seed. A point is a phase, an occurrence of this phase in
+the run, and a share of the time that this occurrence took in the undisturbed run. No phase is drawn
+a second time before all phases were drawn once. Some runs are killed a second time while they
+resume. The test prints each point and the phases in which the kill hit the run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ STEPS, SEED, KILLED_TWICE = 8, 11, 0.3
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a run leaves that nobody disturbs, and how long it was in each phase each time."""
+    """The result of an undisturbed run, and the duration of each occurrence of each phase."""
 
     run_file: Path
     engine: str
@@ -42,12 +43,12 @@ class Undisturbed:
     params=[
         "transformers",
         pytest.param("vllm", marks=(pytest.mark.engine, pytest.mark.thorough)),
-        # Several packs an optimizer step: their split follows from the lengths alone.
+        # Each optimizer step has several packs, which depend only on the completion lengths.
         pytest.param("transformers, pack_tokens: 24", marks=pytest.mark.slow),
     ],
 )
 def undisturbed(request, tmp_path_factory):
-    import toolkit.train.run  # noqa: F401 - before the forks
+    import toolkit.train.run  # noqa: F401 - imported before the forks
 
     if request.param == "vllm":
         pytest.importorskip("vllm")
@@ -67,7 +68,9 @@ def undisturbed(request, tmp_path_factory):
 
 
 def kill_in_phase(undisturbed, run_dir, out, generator, phase, *overrides):
-    """Kill the run in ``phase``, or where it is when that did not come; say where it was."""
+    """Kill the run in ``phase``. Return whether it was killed, the phases that were open, and the
+    chosen point as text.
+    """
     times = undisturbed.spans[phase]
     occurrence = generator.randrange(len(times))
     share = generator.random()
@@ -117,7 +120,7 @@ def kill_and_resume(undisturbed, tmp_path, points: int) -> None:
         print(f"{undisturbed.engine} {point + 1:2}: {where}: {verdict}")
         assert ok, (digests, undisturbed.digests, out.read_text())
     print(f"{undisturbed.engine}: {same} of {points}, seed {SEED}, killed in {sorted(hits)}")
-    # Where a kill is meant for the last moments of a run, a busy machine may let it end first.
+    # On a busy machine, a run may end before a kill that was chosen for its last moments.
     assert killed >= points * 0.7
     assert len(hits) >= min(points, len(phases.PHASES)) // 2
 
@@ -137,8 +140,8 @@ BACK = 4
 
 @pytest.fixture(scope="module")
 def rolled_back(undisturbed):
-    """A whole run that kept its checkpoints; and the bytes of one that went back to the fourth and
-    on from there, with another temperature.
+    """The folder of a whole run that kept all checkpoints, and the digests of a copy that resumed
+    from checkpoint 4 with another temperature.
     """
     folder = undisturbed.run_file.parent
     whole, other = folder / "kept", folder / "other"
@@ -167,7 +170,7 @@ def test_a_run_killed_at_10_points_while_rolling_back_resumes(undisturbed, rolle
         more = ("runtime.keep_last=9", *CHANGED)
         source = f'runtime.resume="{run_dir}/checkpoint-{BACK}"'
         _, hit, aim = kill_in_phase(undisturbed, run_dir, out, generator, phase, source, *more)
-        # What has gone back goes on by itself; what had not is told to again.
+        # A run that has rolled back resumes by itself. Otherwise the command names the checkpoint.
         settled = any(run_dir.glob("abandoned-*"))
         moved += settled
         again = more if settled else (source, *more)
@@ -182,7 +185,7 @@ def test_a_run_killed_at_10_points_while_rolling_back_resumes(undisturbed, rolle
         )
         assert digests == expected, out.read_text()
         asides = sorted(run_dir.glob("abandoned-*"))
-        # The branch that was left lies aside, whole.
+        # The abandoned branch is complete in its own folder.
         assert world.result_digests(asides[0]) == undisturbed.digests
         later = {f"checkpoint-{step}" for step in checkpoint.list_steps(whole) if step > BACK}
         assert later <= {folder.name for aside in asides for folder in aside.glob("checkpoint-*")}

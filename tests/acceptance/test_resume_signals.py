@@ -1,4 +1,6 @@
-"""A signal in every phase: the promised exit code, the promised files, and the same end."""
+"""A signal in any phase of a run leads to the documented exit code and files. The run that is
+started again ends with the same result.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.thorough
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    import toolkit.train.run  # noqa: F401 - before the forks
+    import toolkit.train.run  # noqa: F401 - imported before the forks
 
     run_file = world.make_run_files(tmp_path_factory.mktemp("w"))
     often = "save_steps: 2\n  eval_strategy: steps\n  eval_steps: 3"
@@ -32,7 +34,7 @@ def undisturbed(tmp_path_factory):
 
 
 def slow_phase(phase: str):
-    """Make a phase of the run slow enough to be hit, from the second step on."""
+    """A hook that prints and waits 30 s in ``phase``, once two steps are done."""
 
     def install():
         from toolkit.train.checkpointing import stop_signals
@@ -144,7 +146,9 @@ def test_a_signal_during_loading_ends_the_run_at_once(undisturbed, tmp_path):
 
 
 def slow_outside_of_steps(phase: str):
-    """Make a phase that is no part of a step last: evaluation where it samples, the rest before."""
+    """A hook that prints and waits in a phase outside of the steps: in an evaluation during a step
+    when it samples, in all other phases before they begin.
+    """
 
     def install():
         from toolkit.train.checkpointing import stop_signals
@@ -195,7 +199,9 @@ def slow_outside_of_steps(phase: str):
 def test_a_signal_outside_of_steps_saves_what_was_trained(
     undisturbed, tmp_path, phase, number, saved
 ):
-    """What was to be lost is saved; a checkpoint that is being written is finished first."""
+    """Steps that are in no checkpoint yet are saved. A checkpoint that is being written is
+    finished first.
+    """
     run_file, expected = undisturbed
     run_dir, out = tmp_path / "run", tmp_path / "out.txt"
     override = f'runtime.output_dir="{run_dir}"'
@@ -208,7 +214,7 @@ def test_a_signal_outside_of_steps_saves_what_was_trained(
     assert time.monotonic() - sent < 20
     steps = checkpoint.list_steps(run_dir)
     if phase == "checkpoint" and steps[:1] == [2]:
-        saved = 2  # on a busy machine the step after it takes too long, and is abandoned
+        saved = 2  # on a busy machine, step 3 took longer than GRACE_S and was abandoned
     written = "no step was completed yet" if saved is None else f"checkpoint-{saved} was saved"
     assert f"stopped by {number.name}; {written}" in out.read_text()
     assert steps[:1] == ([] if saved is None else [saved])
@@ -223,8 +229,8 @@ def test_a_signal_outside_of_steps_saves_what_was_trained(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_before_the_command_line_is_read_ends_with_its_exit_code(tmp_path, number):
-    """As soon as a handler is there. The run file is a pipe that nobody writes to, so that the
-    command does not end by itself before.
+    """The signal is sent as soon as its handler is installed. The run file is a named pipe without
+    a writer, so the command does not end before the signal.
     """
     os.mkfifo(tmp_path / "run.yaml")
     process = subprocess.Popen(
@@ -244,7 +250,7 @@ def test_a_signal_before_the_command_line_is_read_ends_with_its_exit_code(tmp_pa
 
 
 def catches(status: str, number: int) -> bool:
-    """Whether a process has a handler of its own, beside Python's for SIGINT."""
+    """Whether a process has handlers for ``number`` and SIGTERM (Python itself handles SIGINT)."""
     caught = int(status.partition("SigCgt:")[2].split()[0], 16)
     return all(caught >> (one - 1) & 1 for one in (number, signal.SIGTERM))
 

@@ -1,4 +1,6 @@
-"""Rewards in a real run: several at once, one that misbehaves in every way under ``none``."""
+"""Several rewards in a real run with ``on_error: none``. One of them fails in another way in each
+step.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,7 @@ def test_the_reward_is_the_weighted_sum_of_the_scores(results: dict[str, Finishe
 def test_values_that_a_reward_logs_are_in_the_row_of_its_completion(
     results: dict[str, FinishedCommand],
 ) -> None:
-    """log_extra: only in the steps in which it was called."""
+    """Values of log_extra are only in the rows of the steps in which the reward called it."""
     rows = results["none"].rows("completions.jsonl")
     assert {row["step"]: row.get("extra") for row in rows} == {
         1: {"seen": 0}, 2: None, 3: {"seen": 2}, 4: None, 5: None, 6: None

@@ -1,4 +1,4 @@
-"""A run that goes back to an older checkpoint: nothing is lost, and nothing is mixed."""
+"""A run that resumes from an older checkpoint loses no files and does not mix the two branches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHANGED = ("grpo.temperature=0.7", "runtime.allow_changed=[grpo.temperature]")
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    import toolkit.train.run  # noqa: F401 - before the forks
+    import toolkit.train.run  # noqa: F401 - imported before the forks
 
     return world.make_run_files(tmp_path_factory.mktemp("w"))
 
@@ -35,7 +35,7 @@ def loadable_checkpoints(run_dir):
 
 
 def stop_at(step):
-    """Have the run get SIGTERM once it has written the row of ``step``."""
+    """A hook that sends SIGTERM to the run after it has logged the row of ``step``."""
 
     def install():
         from toolkit.train.report import metrics_log
@@ -73,7 +73,7 @@ def test_a_checkpoint_that_was_rolled_back_to_is_kept(run_file, tmp_path):
     assert world.read_rows(run_dir)[4:6] != world.read_rows(aside)[4:6]
     assert not (run_dir / "adapter").exists()
     assert not (run_dir / "report.html").exists()
-    # Then by itself: from checkpoint-6 of this branch, not from the end of the other.
+    # Without runtime.resume, the run resumes from checkpoint-6 of this branch, not from the other.
     code, output = run_forked(run_file, run_dir, *CHANGED, "runtime.keep_last=1")
     assert code == 0, output
     assert f"resume   {run_dir}/checkpoint-6" in output
@@ -82,7 +82,7 @@ def test_a_checkpoint_that_was_rolled_back_to_is_kept(run_file, tmp_path):
         run_forked(run_file, straight, f'runtime.resume="{run_dir}/checkpoint-4"', *CHANGED)[0] == 0
     )
     assert world.result_digests(straight) == world.result_digests(run_dir) != whole
-    # Where the branch begins, what this process went on from, and the last one.
+    # Kept: the start of the branch, the checkpoint that this process resumed from, the last one.
     assert loadable_checkpoints(run_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
 
 
@@ -111,8 +111,8 @@ def test_foreign_folders_in_the_run_folder_change_nothing(run_file, tmp_path):
 
 
 def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
-    def unjudged():
-        """What validate cannot count (a hub's dataset) is counted when it has been read."""
+    def load_one_prompt():
+        """Like a hub dataset, whose prompts can be counted only after loading."""
         from toolkit.train import user_code
 
         read = user_code.load_data
@@ -123,7 +123,7 @@ def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
 
         user_code.load_data = shorter
 
-    code, output = run_forked(run_file, tmp_path / "run", before=unjudged)
+    code, output = run_forked(run_file, tmp_path / "run", before=load_one_prompt)
     assert code == 1, output
     assert "the number of prompts is 1, but one generation needs 2, so no step" in output
     assert "no step would run" in output

@@ -1,4 +1,4 @@
-"""What goes away under a run: its run folder, its logs, who reads what it prints, its terminal."""
+"""A run whose run folder, logs, output pipe or terminal disappears."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FULL = Path("/dev/full")
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    import toolkit.train.run  # noqa: F401 - before the forks
+    import toolkit.train.run  # noqa: F401 - imported before the forks
 
     made = world.make_run_files(tmp_path_factory.mktemp("w"), steps=6)
     (made.parent / "my_rewards.py").write_text(SLOW)
@@ -38,14 +38,14 @@ def run_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(run_file):
-    """The bytes of a run that nothing happened to."""
+    """The digests of an undisturbed run."""
     pid = world.fork_run(run_file, run_file.parent / "out.txt")
     assert world.wait_for_exit(pid) == 0
     return world.result_digests(run_file.parent / "run")
 
 
 def at_step(step, act):
-    """Have the run call ``act`` when it has the row of ``step``, before it writes it."""
+    """A hook that calls ``act`` after the run has logged the row of ``step``."""
 
     def install():
         from toolkit.train.report import metrics_log
@@ -131,13 +131,13 @@ def test_a_deleted_log_stops_the_run_with_a_checkpoint(run_file, tmp_path):
     assert len(world.read_rows(run_dir, "completions.jsonl")) == 6 * 8
 
 
-@pytest.mark.parametrize("cut", [True, False])
-def test_a_changed_log_stops_the_run_with_a_checkpoint(run_file, tmp_path, cut):
+@pytest.mark.parametrize("truncate", [True, False])
+def test_a_changed_log_stops_the_run_with_a_checkpoint(run_file, tmp_path, truncate):
     run_dir = tmp_path / "run"
 
     def alter():
         log = run_dir / "metrics.jsonl"
-        os.truncate(log, 0) if cut else log.open("ab").write(b"{}\n")
+        os.truncate(log, 0) if truncate else log.open("ab").write(b"{}\n")
 
     code, output = run_with(run_file, run_dir, alter)
     assert code == 1
@@ -169,7 +169,7 @@ def test_a_run_folder_that_is_lost_after_the_last_step_is_an_error(run_file, tmp
 
 
 def start(run_file, run_dir, *more, **options):
-    """The installed command."""
+    """Start the installed command."""
     words = [world.BIN / "toolkit", "train", str(run_file), "--output-dir", str(run_dir), *more]
     return subprocess.Popen(words, env=world.command_environment(), **options)
 
@@ -179,15 +179,15 @@ def steps_done(run_dir):
 
 
 @pytest.mark.parametrize(
-    "last",
+    "last_read",
     [b"model", *(pytest.param(f"step {n}/6".encode(), marks=pytest.mark.slow) for n in (3, 6))],
 )
-def test_a_closed_output_pipe_does_not_stop_the_run(run_file, expected, tmp_path, last):
-    """After the first word, in the middle, and between the last step and the end."""
+def test_a_closed_output_pipe_does_not_stop_the_run(run_file, expected, tmp_path, last_read):
+    """The pipe closes before step 1, after step 3, or after the last step, 6."""
     run_dir = tmp_path / "run"
     process = world.Command(run_file, "--output-dir", run_dir)
     read = b""
-    while last not in read:
+    while last_read not in read:
         read += os.read(process.out, 10)
     os.close(process.out)
     process.out = None
@@ -239,14 +239,14 @@ def stopped(process, run_dir, name):
     latest = branch.valid_steps(run_dir)[0]
     assert f"stopped by {name}; checkpoint-{latest} was saved" in err
     assert err.count("error: ") == 1
-    assert err.count("warning: ") <= 1  # of the stdout that went with its terminal
+    assert err.count("warning: ") <= 1  # about stdout, which is lost with the terminal
     assert "Traceback" not in err
     assert checkpoint.find_faults(run_dir / f"checkpoint-{latest}") == []
     assert not list(run_dir.glob(".checkpoint-*"))
 
 
 def test_a_closed_terminal_stops_the_run_with_a_checkpoint(run_file, tmp_path):
-    """SIGHUP, and a stdout that fails from then on."""
+    """When a terminal closes, the run gets SIGHUP and its stdout fails from then on."""
     run_dir = tmp_path / "run"
     process = world.Command(run_file, "--output-dir", run_dir)
     world.wait_for(lambda: steps_done(run_dir) >= 2)
@@ -300,7 +300,7 @@ def test_200_signals_while_a_checkpoint_is_written(run_file, expected, tmp_path,
     for number in range(200):
         process.send_signal(signal.SIGINT if kind == "SIGINT" else mixed[number % 4])
         time.sleep(0.003)
-    while process.poll() is None:  # to its very end
+    while process.poll() is None:  # until the process ends
         process.send_signal(signal.SIGINT if kind == "SIGINT" else signal.SIGTERM)
         time.sleep(0.01)
     stopped(process, run_dir, "SIGINT" if kind == "SIGINT" else "SIGTERM")

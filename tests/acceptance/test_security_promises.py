@@ -1,4 +1,4 @@
-"""SECURITY.md names tests that exist, and the package contains nothing that runs data as code."""
+"""SECURITY.md names tests that exist, and no module of the package executes data as code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_promise_names_a_test() -> None:
 
 
 def _forbidden_call(node: ast.AST) -> str | None:
-    """What a node does that no module of ours may do; None for all others."""
+    """The forbidden operation of a node as text; None for a node that is allowed."""
     if isinstance(node, ast.Import):
         pickle_modules = PICKLING & {alias.name.split(".")[0] for alias in node.names}
         return f"imports {pickle_modules}" if pickle_modules else None

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises, on a real run by the installed command's entry point."""
+"""The promises of SECURITY.md, tested on real runs of ``toolkit train``."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_no_secret_is_printed_or_written(results: dict[str, FinishedCommand]) ->
     assert "to stderr [redacted" in run.stderr
     assert "logged [redacted" in run.stderr
     assert "ValueError: [redacted" in run.stderr
-    assert "Traceback" in run.stderr  # the reward's own log of its exception
+    assert "Traceback" in run.stderr  # the reward itself logs its exception
     files = [path for path in (run.folder / "out").rglob("*") if path.is_file()]
     assert {"manifest.json", "metrics.jsonl", "report.html"} <= {path.name for path in files}
     for text in (run.stdout, run.stderr, *(path.read_text(errors="replace") for path in files)):
@@ -116,15 +116,13 @@ def test_a_file_beside_the_run_file_is_not_run_under_another_name(
     assert sorted(path.name for path in results["leaks"].folder.glob("*.was-run")) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "says"), [("written", "hub_token"), ("by-form", "dataset.system")]
-)
+@pytest.mark.parametrize(("name", "key"), [("written", "hub_token"), ("by-form", "dataset.system")])
 def test_a_secret_in_the_run_file_is_an_error_that_does_not_show_it(
-    results, name: str, says: str
+    results, name: str, key: str
 ) -> None:
     run = results[name]
     assert run.returncode == 1, run.stderr
-    assert says in run.stderr
+    assert key in run.stderr
     assert TOKEN not in run.stdout + run.stderr
     assert not (run.folder / "out").exists()
 

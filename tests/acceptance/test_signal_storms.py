@@ -1,5 +1,6 @@
-"""Two hundred signals of every kind at once, in each phase of a run: one message, one of the codes
-that are documented, nothing half written, and the same end after the same command.
+"""A run gets two hundred mixed signals in one of its phases. It prints at most one error, exits
+with a documented code and leaves no partly written file. The same command then finishes the run
+with the same result.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ STOPPED, AT_ONCE = 75, 130
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    import toolkit.train.run  # noqa: F401 - before the forks
+    import toolkit.train.run  # noqa: F401 - imported before the forks
 
     run_file = world.make_run_files(tmp_path_factory.mktemp("w"), steps=4)
     assert (
@@ -36,7 +37,7 @@ def undisturbed(tmp_path_factory):
 
 
 def long_phase(phase):
-    """Have a phase last a second, in pieces, the first time that it comes."""
+    """A hook that lengthens the first occurrence of ``phase`` by one second of short sleeps."""
 
     def install():
         left = [1.0]
@@ -60,7 +61,7 @@ def send_many_signals(process, generator, count=200):
         time.sleep(generator.random() * 0.006)
         if process.poll() is not None:
             return
-    while process.poll() is None:  # to its very end
+    while process.poll() is None:  # until the process ends
         process.send_signal(signal.SIGTERM)
         time.sleep(0.01)
 
@@ -92,7 +93,7 @@ def test_many_signals_in_a_phase_leave_a_run_that_resumes(undisturbed, tmp_path,
 
 
 def test_many_signals_while_the_command_is_loaded(undisturbed, tmp_path):
-    """From the first handler on: the imports, the run file, the model."""
+    """The signals come during the imports, or while the run file or the model is loaded."""
     run_file, _ = undisturbed
     for seed in range(3):
         run_dir = tmp_path / f"run-{seed}"
