@@ -1,4 +1,4 @@
-"""Real images, each built once from a clean store, with the scripts that users run."""
+"""Fixtures of the image tests: the images are built in a clean store with the scripts for users."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def base_options() -> tuple[str, ...]:
-    """Build on the pinned bases where their registry is reached, else on stand-ins, and say so."""
+    """Build options: none if the registry of the pinned base images can be reached, otherwise
+    ``--stand-in``.
+    """
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing:
         pytest.fail(f"not installed: {', '.join(missing)}; `just image-test` installs them")
@@ -40,7 +42,7 @@ def base_options() -> tuple[str, ...]:
 
 
 def pinned() -> str:
-    """The digest of the base of envcheck and train-cpu."""
+    """The pinned digest of the base image of envcheck and train-cpu."""
     text = (CONTAINERS / "Dockerfile").read_text()
     return next(
         line.partition("@")[2]
@@ -58,7 +60,9 @@ def tree() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def store(tree: Path) -> Iterator[Store]:
-    """A store that is clean at the start. TOOLKIT_KEEP_STORE=1 keeps it from run to run."""
+    """An image store that is empty at the start of the tests and removed at their end. With
+    TOOLKIT_KEEP_STORE=1, it is kept.
+    """
     found = Store(WORK / "test-store", tree)
     keep = os.environ.get("TOOLKIT_KEEP_STORE") == "1"
     if not keep:
@@ -68,7 +72,8 @@ def store(tree: Path) -> Iterator[Store]:
         found.remove()
 
 
-# Built where they are not there yet: test_image_builds.py, which comes first, makes both twice.
+# test_image_builds.py runs first and builds both images in this store. Then the build in these
+# fixtures only reuses its layers.
 @pytest.fixture(scope="session")
 def envcheck_image(store: Store, base_options: tuple[str, ...]) -> str:
     return store.build("envcheck", *base_options)

@@ -1,4 +1,4 @@
-"""A store of images for a test, and what one does with it."""
+"""An image store for a test, with functions that build, run and inspect images in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 REPO = Path(__file__).resolve().parents[2]
 CONTAINERS = REPO / "containers"
 WORK = REPO / ".setup" / "containers"
-# What a build on this machine may know and no layer may show: planted in the settings of pip.
+# A host name in the pip settings of the build. No layer may contain it.
 CANARY = "canary-host.invalid"
 CACHE_OPTIONS = ("--tmpfs", "/cache:rw,mode=1777,size=2g")
 USERS = ("0:0", "1000:1000", "4242:0", "54321:54321")
@@ -27,8 +27,8 @@ NEEDED = ("buildah", "podman", "skopeo", "runc", "mmdebstrap")
 
 
 def still_copy(folder: Path) -> Path:
-    """The product as it is now, with its history: an edit or a commit while the tests run must not
-    make two builds differ.
+    """Copy the current working tree with its git history. Two builds from the copy are equal, even
+    if the working tree is edited or committed during the tests.
     """
     shutil.rmtree(folder, ignore_errors=True)
     git("clone", "--quiet", "--shared", "--no-checkout", str(REPO), str(folder))
@@ -43,7 +43,7 @@ def still_copy(folder: Path) -> Path:
 
 
 def wait_for_steps(process: subprocess.Popen[bytes], metrics: Path, log: Path) -> None:
-    """Wait until a training has written two steps; what it said is in ``log``."""
+    """Wait until a run has written two steps to ``metrics``; ``log`` has its output."""
     until = time.monotonic() + 400
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
         assert process.poll() is None, log.read_text()
@@ -57,7 +57,7 @@ def git(*arguments: str) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A store of images of its own, and what one does with it. ``tree`` is what it builds from."""
+    """A separate image store in ``folder``. Its images are built from the sources in ``tree``."""
 
     folder: Path
     tree: Path
@@ -74,12 +74,12 @@ class Store:
     def script(
         self, name: str, *arguments: str, project: Path | None = None, **variables: str
     ) -> tuple[int, str]:
-        """Run a command of containers/cli.py: (exit code, what it printed)."""
+        """Run a command of containers/cli.py and return (exit code, output)."""
         cli = [sys.executable, str((project or self.tree) / "containers/cli.py")]
         return self._run(*cli, name, *arguments, **variables)
 
     def stand_in(self, release: str) -> tuple[int, str]:
-        """Make the stand-in base for a release of Debian or Ubuntu in this store."""
+        """Make the stand-in base image for a release of Debian or Ubuntu in this store."""
         return self._run(str(self.tree / "containers/stand-in.sh"), release)
 
     def _run(self, *command: str, **variables: str) -> tuple[int, str]:
@@ -118,7 +118,9 @@ class Store:
         return ["podman", *roots, "--cgroup-manager=cgroupfs", "--runtime", "runc", *arguments]
 
     def command(self, image: str, user: str, *options: str) -> list[str]:
-        """`podman run` with everything closed, up to the image's name; the command follows."""
+        """The words of `podman run` up to the name of the image: read-only, without network,
+        capabilities or new privileges.
+        """
         return self.podman(
             *("run", "--rm", "--no-healthcheck"),
             *("--ulimit", "nofile=4096:4096", "--ulimit", "nproc=4096:4096"),
@@ -146,7 +148,9 @@ class Store:
         )
 
     def remove(self) -> None:
-        """Images and containers first: a store's mounts outlive a deletion of its files."""
+        """Remove the store. Buildah removes containers and images first, because the mounts of the
+        store would remain if only its files were deleted.
+        """
         if self.folder.exists():
             for arguments in (("rm", "--all"), ("rmi", "--all", "--force")):
                 self.buildah(*arguments)
@@ -154,7 +158,7 @@ class Store:
 
 
 def our_layers(store: Store, image: str) -> Iterator[tarfile.TarFile]:
-    """Each layer that the build made, the base's own left out."""
+    """Each layer that the build made, without the layers of the base image."""
     folder = WORK / "layout"
     shutil.rmtree(folder, ignore_errors=True)
     store.buildah("push", "--quiet", "--disable-compression", image, f"oci:{folder}:x")
@@ -162,7 +166,7 @@ def our_layers(store: Store, image: str) -> Iterator[tarfile.TarFile]:
     index = json.loads((folder / "index.json").read_text())
     manifest = json.loads((blobs / index["manifests"][0]["digest"][7:]).read_text())
     history = json.loads((blobs / manifest["config"]["digest"][7:]).read_text())["history"]
-    # The base's history comes first; ours begins with its packages.
+    # The history begins with the base image. The first step of the build installs base packages.
     filled = [entry for entry in history if not entry.get("empty_layer")]
     ours = next(i for i, entry in enumerate(filled) if "base-packages" in entry["created_by"])
     try:
@@ -174,7 +178,9 @@ def our_layers(store: Store, image: str) -> Iterator[tarfile.TarFile]:
 
 
 def assert_nothing_of_the_build(store: Store, image: str) -> None:
-    """No layer and no setting holds a secret, a host or a folder of the machine that built it."""
+    """No layer and no setting of the image contains a secret, a host name or a folder of the
+    machine that built it.
+    """
     secrets = {"the host of the index": CANARY.encode(), "the folder of the build": bytes(REPO)}
     certificate = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
     if certificate:
@@ -189,9 +195,9 @@ def assert_nothing_of_the_build(store: Store, image: str) -> None:
             with content:
                 text = content.read()
             for what, secret in secrets.items():
-                assert secret not in text, f"{member.name} holds {what}"
+                assert secret not in text, f"{member.name} contains {what}"
     assert len(names) > 500
-    # An empty folder, on which the secrets were mounted, is all that may be left.
+    # Only the empty folders on which the secrets were mounted may remain.
     for trace in ("run/secrets/", "tmp/pip", "build/", "root/.cache", "mnt/", "etc/pip.conf"):
         assert not [name for name in names if name.startswith(trace)], trace
     inspected = json.dumps(store.inspect(image))

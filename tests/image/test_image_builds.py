@@ -1,6 +1,7 @@
-"""Two builds from clean stores give one image, to the byte; it has what its Dockerfile says.
+"""Two builds from clean stores give images with the same digest.
 
-This file comes first by its name: what it builds in the common store the others use.
+Because of its name, pytest runs this file first. The other files use the images that it builds in
+the common store.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ TARGETS = ("envcheck", "train-cpu")
 def digests(
     store: Store, tree: Path, base_options: tuple[str, ...]
 ) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
-    """The digests of every target in two stores that hold nothing but a base.
+    """The digests of every target in two stores that contain only a base image.
 
-    Both are built at once: a build keeps one core busy, and the disk when that core waits.
+    The two stores are built in parallel, because one build uses only one core.
     """
     second = Store(WORK / "second-store", tree)
     second.remove()
@@ -35,7 +36,7 @@ def digests(
 
     try:
         if base_options:
-            # One after the other: the first makes the archive that both take their base from.
+            # In sequence: the first call makes the archive from which both stores get the base.
             for where in (store, second):
                 code, output = where.stand_in("bookworm")
                 assert code == 0, output

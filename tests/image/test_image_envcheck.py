@@ -1,4 +1,4 @@
-"""The envcheck image: small, closed, the same for everybody, and nothing of its build in it."""
+"""The envcheck image is small, runs as any user on a read-only root and contains no build files."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_manifest_and_labels_name_the_lock(store: Store, envcheck_image: str) ->
 
 
 def test_the_image_has_a_health_check(store: Store, envcheck_image: str) -> None:
-    """OCI's format has no place for one, so the build uses the other, without its random names."""
+    """The OCI image format has no health check, so the build uses the Docker format and removes
+    the random names that this format contains.
+    """
     found = store.inspect(envcheck_image)
     config = json.loads(str(found["Config"]))
     assert config["config"]["Healthcheck"]["Test"] == ["CMD", "toolkit-health"]
@@ -108,7 +110,7 @@ def test_the_health_check_detects_a_stalled_run(store: Store, envcheck_image: st
 def test_a_container_without_a_writable_folder_gets_a_message(
     store: Store, envcheck_image: str
 ) -> None:
-    # /dev/shm is the last resort; here it is read-only as well.
+    # The last folder that the entrypoint tries is /dev/shm. Here it is read-only too.
     options = ("--shm-size", "0", "--mount", "type=tmpfs,destination=/dev/shm,ro=true")
     result = store.run(envcheck_image, "4242:0", "envcheck", "check", options=options)
     assert result.returncode == 1, result.stdout + result.stderr
@@ -120,7 +122,7 @@ def test_a_container_without_a_writable_folder_gets_a_message(
 def test_compiled_kernels_are_written_to_an_executable_folder(
     store: Store, envcheck_image: str
 ) -> None:
-    """A tmpfs is noexec by default, and a compiled kernel there cannot be mapped."""
+    """A tmpfs is mounted noexec by default, so a compiled kernel in it cannot be loaded."""
     closed = ("--tmpfs", "/cache:rw,noexec,mode=1777")
     show = ("4242:0", "sh", "-c", "echo $HF_HOME $TRITON_CACHE_DIR")
     other = (*closed, "--tmpfs", "/tmp:rw,exec,mode=1777")

@@ -1,4 +1,4 @@
-"""What stops a build or a start: each with its own message and exit code."""
+"""Each fault that stops a build or the start of a container has its own message and exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOWHERE = "sha256:" + "0" * 64
 
 
 class Registry(BaseHTTPRequestHandler):
-    """A registry that is there and has no such image."""
+    """A registry that answers and contains no image."""
 
     def do_GET(self) -> None:
         known = self.path == "/v2/"
@@ -36,12 +36,12 @@ class Registry(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *arguments: object) -> None:
-        """Silent."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """(address, a home folder whose settings allow plain HTTP to it)"""
+    """(address of the registry, home folder with settings that allow plain HTTP to this address)"""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
     address = f"127.0.0.1:{server.server_port}"
     settings = tmp_path / ".config/containers/registries.conf"
@@ -132,7 +132,9 @@ def test_a_lock_that_does_not_match_pyproject_stops_the_script(
 def test_a_lock_that_does_not_match_pyproject_stops_a_plain_build(
     store: Store, envcheck_image: str, base_options: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """`docker build` asks no script of ours, so the check of the last step has to see it."""
+    """A plain `docker build` does not run containers/lock.sh, so the last step of the Dockerfile
+    must report the mismatch. The test replaces lock.sh with a script that does nothing.
+    """
     project = copy_of_the_project(tmp_path)
     text = (project / "pyproject.toml").read_text()
     (project / "pyproject.toml").write_text(text.replace('"click>=8.2"', '"click>=99"'))
@@ -157,7 +159,7 @@ def test_a_cache_that_cannot_be_written_is_reported(store: Store, envcheck_image
 
 DRIVER = r"""
 #include <string.h>
-/* A driver with CARDS cards, as far as the pre-flight asks. 0 is success. */
+/* A fake driver with CARDS cards and the functions that the pre-flight calls. 0 is success. */
 int nvmlInit_v2(void) { return 0; }
 int nvmlInitWithFlags(unsigned int f) { return 0; }
 int nvmlShutdown(void) { return 0; }
@@ -178,7 +180,7 @@ int nvmlDeviceGetCudaComputeCapability(void *d, int *a, int *b) { *a = 8; *b = 6
 
 
 def with_driver(folder: Path, driver: str, cuda: int, cards: int) -> tuple[str, ...]:
-    """Options that pass a node's libnvidia-ml in, as the NVIDIA runtime does."""
+    """Options that mount a fake libnvidia-ml into the container, as the NVIDIA runtime does."""
     (folder / "nvml.c").write_text(DRIVER)
     library = folder / "libnvidia-ml.so.1"
     defined = (f'-DDRIVER="{driver}"', f"-DCUDA={cuda}", f"-DCARDS={cards}")
@@ -211,7 +213,9 @@ reward: {functions: [{name: numeric_match}]}
 def test_64_mb_of_shared_memory_are_reported(
     store: Store, envcheck_image: str, tmp_path: Path
 ) -> None:
-    """Docker's default stops a job over two cards; a job over one does not use it."""
+    """64 MB is Docker's default. It stops a job on two cards. A job on one card needs no shared
+    memory.
+    """
     tmp_path.chmod(0o755)
     (tmp_path / "run.yaml").write_text(RUN_FILE)
     rows = (f'{{"question": "1+{n}?", "answer": "{n + 1}"}}\n' for n in range(64))

@@ -1,4 +1,4 @@
-"""A real SIF, built by a real Apptainer, and run as an ordinary user."""
+"""SIF images that the real Apptainer builds and runs as an unprivileged user."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def folder_of_the_user(name: str) -> Path:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder of the ordinary user's."""
+    """A folder that belongs to the unprivileged user."""
     path = folder_of_the_user("test-sif")
     yield path
     shutil.rmtree(path)
@@ -68,14 +68,14 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[Path]:
-    """The folder of the demo."""
+    """The folder in which the demo runs."""
     path = folder_of_the_user("test-sif-demo")
     yield path
     shutil.rmtree(path)
 
 
 def contained(world: Path, sif: Path, *arguments: str) -> tuple[str, ...]:
-    """`apptainer run` with nothing of the host but one folder."""
+    """The arguments of `apptainer run` in which ``world`` is the only folder of the host."""
     return (
         *("run", "--contain", "--no-home", "--bind", f"{world}:/work", "--pwd", "/work"),
         *("--env", "TOOLKIT_CACHE=/work/cache,TMPDIR=/work", str(sif), *arguments),
@@ -84,7 +84,9 @@ def contained(world: Path, sif: Path, *arguments: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def answers(sif: Path, world: Path) -> tuple[subprocess.CompletedProcess[str], ...]:
-    """The SIF's own test, and the demo: two whole demos with a thread each, so both at once."""
+    """The results of `apptainer test` and of the demo. Both run a whole demo on one thread, so they
+    run in parallel.
+    """
     script = "touch /opt/toolkit/x 2>&1; toolkit demo --out /work/demo"
     asked = (("test", str(sif)), contained(world, sif, "sh", "-c", script))
     with ThreadPoolExecutor(2) as pool:
@@ -92,7 +94,7 @@ def answers(sif: Path, world: Path) -> tuple[subprocess.CompletedProcess[str], .
 
 
 def test_apptainer_test_passes(answers: tuple[subprocess.CompletedProcess[str], ...]) -> None:
-    """%test: the commands start, the manifest is there, the pre-flight answers, the demo trains."""
+    """The section %test starts envcheck, reads the manifest, runs the pre-flight and the demo."""
     result = answers[0]
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "image train-cpu" in result.stdout
@@ -157,7 +159,7 @@ def test_labels_and_help_come_from_the_definition(sif: Path) -> None:
 
 
 def test_a_misspelt_section_is_an_error(tmp_path: Path) -> None:
-    """The definition's syntax is judged by the program that reads it."""
+    """Apptainer itself checks the syntax of the definition."""
     spoiled = tmp_path / "toolkit.def"
     text = (CONTAINERS / "toolkit.def").read_text()
     spoiled.write_text(text.replace("%runscript", "%runscipt"))
@@ -169,7 +171,7 @@ def test_a_misspelt_section_is_an_error(tmp_path: Path) -> None:
 def test_a_sif_also_builds_straight_from_the_image(
     store: Store, envcheck_image: str, folder: Path
 ) -> None:
-    """No definition: a site may take the OCI archive as it is."""
+    """Apptainer builds a SIF from the OCI archive without a definition."""
     store.buildah("push", "--quiet", envcheck_image, f"oci-archive:{folder}/image.tar")
     output = folder / "plain.sif"
     (folder / "image.tar").chmod(0o644)
@@ -183,7 +185,7 @@ def test_a_sif_also_builds_straight_from_the_image(
 def test_the_definition_also_builds_from_a_base(
     store: Store, base_options: tuple[str, ...], folder: Path
 ) -> None:
-    """Without any image of ours: %post installs by the same lock, as a cluster would."""
+    """Without an image of the toolkit, the section %post installs the packages of the lock."""
     output = folder / "base.sif"
     code, text = store.script(
         "sif", "envcheck", "--from-base", "--output", str(output), *base_options

@@ -1,4 +1,4 @@
-"""The train-cpu image does the whole job: as anyone, read-only, without network or capabilities."""
+"""The train-cpu image trains as any user, read-only, without network and without capabilities."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [pytest.mark.image, pytest.mark.slow]
-# One thread each: two demos run at a time, and two threads on a busy core wait for each other.
+# Two demos run in parallel. With more threads, the threads would wait for each other.
 ENVIRONMENT = ("--env", "OMP_NUM_THREADS=1")
 TMPFS = ("--tmpfs", "/cache:rw,mode=1777,size=2g")
 
 
 def folder_of(owner: str, name: str) -> Path:
-    """A new folder on the host that belongs to ``owner``, a uid:gid."""
+    """A new folder on the host that belongs to ``owner``, in the form uid:gid."""
     folder = WORK / f"test-{name}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -33,14 +33,14 @@ def folder_of(owner: str, name: str) -> Path:
 
 
 def owners(folder: Path) -> set[str]:
-    """uid:gid of everything in a folder."""
+    """The owners of all files in a folder, in the form uid:gid."""
     paths = list(folder.rglob("*"))
     assert len(paths) > 5
     return {f"{path.lstat().st_uid}:{path.lstat().st_gid}" for path in paths}
 
 
 def make_demo(store: Store, image: str, user: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The whole demo with its output in a tmpfs, copied to a bind mount when it is done."""
+    """Run the demo with its output in a tmpfs, then copy the output to a bind mount."""
     folder = folder_of(user, f"demo-{user.replace(':', '-')}")
     options = (
         *(*TMPFS, *ENVIRONMENT, "--tmpfs", "/out:rw,mode=1777,size=2g"),
@@ -54,7 +54,7 @@ def make_demo(store: Store, image: str, user: str) -> tuple[Path, subprocess.Com
 def demos(
     store: Store, train_cpu_image: str
 ) -> Iterator[dict[str, tuple[Path, subprocess.CompletedProcess[str]]]]:
-    """Each user's demo, two at a time."""
+    """The folder and the result of the demo of each user; two demos run in parallel."""
     with ThreadPoolExecutor(2) as pool:
         made = pool.map(lambda user: make_demo(store, train_cpu_image, user), USERS)
         found = dict(zip(USERS, made, strict=True))
@@ -65,7 +65,7 @@ def demos(
 
 @pytest.fixture(scope="module")
 def demo(demos: dict[str, tuple[Path, subprocess.CompletedProcess[str]]]) -> Path:
-    """One demo's folder: model, data, run file, and the run itself."""
+    """The folder of one demo, with the model, the dataset, the run file and the run folder."""
     return demos["54321:54321"][0] / "demo"
 
 
@@ -96,7 +96,7 @@ def test_the_run_records_its_image(store: Store, train_cpu_image: str, demo: Pat
 
 
 def test_vllm_samples_in_the_image(store: Store, train_cpu_image: str, demo: Path) -> None:
-    """As a user without a name, with the 64 MB of shared memory that containers get."""
+    """With a uid that has no user name, and with 64 MB of shared memory, the default of Docker."""
     options = (
         *(*TMPFS, *ENVIRONMENT, "--volume", f"{demo}:/demo:ro", "--shm-size", "64m"),
         *("--tmpfs", "/out:rw,mode=1777,size=2g"),
@@ -108,7 +108,7 @@ def test_vllm_samples_in_the_image(store: Store, train_cpu_image: str, demo: Pat
         options=options,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    assert "checks:" in result.stderr, "the pre-flight comes first"
+    assert "checks:" in result.stderr, "the pre-flight did not run"
 
 
 def test_sigterm_writes_a_checkpoint_and_exits_with_75(
