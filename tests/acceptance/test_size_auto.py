@@ -1,4 +1,4 @@
-"""``envcheck size`` on a run file that leaves the micro-batch and the adapter's layers open."""
+"""``envcheck size`` on a run file whose micro-batch and LoRA target modules are auto."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def batch_split(choice: dict[str, Any]) -> tuple[int, int]:
 def test_a_small_gpu_uses_gradient_accumulation_for_the_same_batch(run_file: Path) -> None:
     kept = (
         *("--set", "lora.use_gradient_checkpointing=true"),
-        *("--set", "runtime.padding_free=false"),  # packs are cut by tokens instead
+        *("--set", "runtime.padding_free=false"),  # batches with padding_free are split by tokens
         *("--set", "runtime.fused_kernels=false"),
     )
     small, large = (batch_split(size_choice(run_file, card, *kept)) for card in ("l40s", "h200"))
@@ -96,7 +96,7 @@ def test_the_adapter_of_a_mixture_of_experts_is_on_its_attention(tmp_path: Path)
 
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
 def test_a_written_half_precision_format_is_valid(run_file: Path, half: str) -> None:
-    """The weights are in the format that the trainer is asked to compute in."""
+    """``--write`` sets dtype to the half-precision format that grpo.fp16 or grpo.bf16 selects."""
     text = run_file.read_text().replace("max_seq_length: 1024", "max_seq_length: 1024, dtype: auto")
     run_file.write_text(text.replace("grpo:\n", f"grpo:\n  {half}: true\n"))
     run_envcheck("size", run_file, "--gpu", "h200", "--write")

@@ -1,4 +1,4 @@
-"""``envcheck size`` and ``envcheck calibrate`` as installed, end to end."""
+"""The installed command ``envcheck size``, from end to end."""
 
 import json
 import stat
@@ -28,7 +28,7 @@ runtime: {{engine: vllm}}
 
 @pytest.fixture
 def model(tmp_path):
-    """A folder of a real shape without weights."""
+    """A function that makes a model folder with a real config and no weights."""
     return partial(make_model, tmp_path)
 
 
@@ -44,7 +44,7 @@ def test_json_has_the_documented_keys(model):
     assert report["model"]["parameters"] == 8030261248
     assert report["model"]["weight_bytes"] == 2 * 8030261248
     assert report["model"]["kv_bytes_per_token"] == 131072
-    # Rank 16 in bf16: 32 layers of seven projections; and, by vLLM itself, embeddings and head.
+    # Rank 16 in bf16: 32 layers with seven projections. By default, vLLM adds embeddings and head.
     projections = 16 * 32 * (2 * 2 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336)) * 2
     assert report["engine"]["lora_slots_bytes"] == projections
     assert report["engine"]["lora_bytes"] == projections + 2 * 16 * (128256 + 4096) * 2
@@ -79,7 +79,7 @@ def test_other_architectures_are_sized(model, name):
 
 
 def test_a_run_file_is_sized(run_file):
-    """A dataset that is not here stops nothing."""
+    """A dataset that does not exist on this machine does not prevent sizing."""
     text = run_envcheck("size", run_file, "--gpu", "h100").stdout
     assert "model.max_lora_rank              32" in text
 
@@ -114,7 +114,7 @@ def test_write_replaces_only_auto(run_file):
 
 
 def test_write_keeps_values_that_it_cannot_replace(tmp_path, model):
-    """An anchor and its alias are one text for two keys, and a block ends with its line."""
+    """``--write`` does not replace an ``auto`` that is a YAML alias, anchor or block."""
     path = tmp_path / "run.yaml"
     before = (
         f"model:\n  model_name: {model(ONE_B)}\n  max_lora_rank: &all auto\n"
@@ -180,7 +180,8 @@ def test_a_utilization_above_the_maximum_is_an_error(run_file):
     assert "0.97 is above" in result.stderr
     assert "fix:" in result.stderr
     left_open = run_envcheck("size", run_file, "--gpu", "h100", *override, "--json")
-    assert json.loads(left_open.stdout)["choice"]["enable_sleep_mode"] is True  # auto gives way
+    # 0.97 is only possible with sleep mode, which is auto here, so sizing enables it.
+    assert json.loads(left_open.stdout)["choice"]["enable_sleep_mode"] is True
 
 
 def test_both_topologies_are_sized(model):
@@ -205,7 +206,7 @@ def test_a_run_on_the_cpu_is_sized(model):
 
 
 def test_size_is_fast_and_imports_no_heavy_library(model):
-    """Under 300 ms of processor time (the wall clock is the machine's), and no heavy package."""
+    """The test limits the CPU time, because the wall time depends on the load of the machine."""
     folder = model(EIGHT_B)
     code = (
         "import sys, time; start = time.process_time();"

@@ -1,4 +1,4 @@
-"""``envcheck size`` on what cannot be sized, and ``envcheck calibrate``."""
+"""``envcheck size`` with invalid arguments, models or GPUs, and ``envcheck calibrate``."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import cases
 
 @pytest.fixture
 def model(tmp_path):
-    """A folder of a real shape without weights."""
+    """A function that makes a model folder with a real config and no weights."""
     return partial(make_model, tmp_path)
 
 

@@ -1,16 +1,17 @@
-"""500 steps of ``toolkit train``: memory stays flat, and no file, thread or object is left behind.
+"""500 steps of ``toolkit train`` leak no memory, file descriptors, threads or Python objects.
 
-What is measured: from outside, in /proc, the resident memory (VmRSS), the open file descriptors and
-the threads of the command and of whatever it started, summed, about ten times a second. A sample
-belongs to the step that timings.jsonl holds at that moment. Resident memory is what a cluster kills
-for, so it is what is judged, allocator and all: memory that was freed and not given back counts as
-used. The run checkpoints, evaluates and writes completions meanwhile.
+The test samples /proc about ten times per second. A sample is the sum, over the command and its
+child processes, of the resident memory (VmRSS), the open file descriptors and the threads. A sample
+belongs to the last step in timings.jsonl at that moment. The test compares resident memory, because
+a cluster kills a job for its resident memory. So memory that the allocator keeps after it was freed
+counts as used. The run saves checkpoints, evaluates and writes completions.
 
-The window: the first ``WARM_UP`` steps fill caches (allocator arenas, kernels chosen on first use,
-vLLM's block pool) and do not count. After them the highest sample of all must lie within 2 % of
-the median of the ``REFERENCE`` steps that follow the warm-up. In this small world 2 % are 14 MiB,
-36 KiB a step, in which a list that keeps each step's rollouts could hide. So the reward, which runs
-inside, counts what the garbage collector can still reach at two steps far apart.
+The samples of the first ``WARM_UP`` steps do not count, because these steps fill caches (allocator
+arenas, kernels chosen on first use, vLLM's block pool). The highest later sample must be at most
+2 % above the median of the ``REFERENCE`` steps that follow the warm-up. For this small model, 2 %
+are 14 MiB, or 36 KiB per step. A list that keeps the rollouts of each step could be smaller. So the
+reward, which runs in the training process, also counts the objects that the garbage collector
+tracks, in two steps that are far apart.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ import train_world as world
 STEPS, WARM_UP, REFERENCE = 500, 100, 50
 TOLERANCE = 0.02
 EARLY, LATE = 210, 460
-OBJECTS_A_STEP = 3.0
-"""sympy's bounded cache of torch's shapes takes one a step; a step's metrics are over thirty."""
+OBJECTS_PER_STEP = 3.0
+"""sympy's bounded cache of torch's shapes adds one object per step. The metrics of a step are more
+than thirty objects, so a leak of them exceeds the limit.
+"""
 
 COUNTS = f"""
 import gc
@@ -52,7 +55,7 @@ def ones(completions, trainer_state, **_):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One look at the command and its children."""
+    """One measurement of the command and its child processes."""
 
     step: int
     resident_bytes: int
@@ -61,7 +64,7 @@ class Sample:
 
 
 def process_tree(pid: int) -> list[int]:
-    """``pid`` and its living descendants."""
+    """``pid`` and the ids of its running descendants."""
     pids = [pid]
     for parent in pids:
         with contextlib.suppress(OSError):
@@ -71,7 +74,7 @@ def process_tree(pid: int) -> list[int]:
 
 
 def take_sample(pid: int, run_dir: Path) -> Sample | None:
-    """None while there is no step, or the process is going away."""
+    """One sample; None before the first step, or if a process ends during the measurement."""
     try:
         step = (run_dir / "timings.jsonl").read_bytes().count(b"\n")
         resident = descriptors = threads = 0
@@ -87,7 +90,7 @@ def take_sample(pid: int, run_dir: Path) -> Sample | None:
 
 
 def sample_run(run_file: Path) -> list[Sample]:
-    """Run the command to its end and return what was seen of it during its steps."""
+    """Run the command to its end and return the samples of its steps."""
     out = run_file.parent / "out.txt"
     with out.open("w") as sink:
         process = subprocess.Popen(
@@ -99,7 +102,7 @@ def sample_run(run_file: Path) -> list[Sample]:
     samples = []
     while process.poll() is None:
         sample = take_sample(process.pid, run_file.parent / "run")
-        if sample is not None and sample.step < STEPS:  # what follows the last step is the report
+        if sample is not None and sample.step < STEPS:  # after the last step, the report is written
             samples.append(sample)
         time.sleep(0.1)
     assert process.returncode == 0, out.read_text()
@@ -114,14 +117,15 @@ def test_500_steps_leak_no_memory_files_or_processes(tmp_path, engine):
     run_file = world.make_run_files(tmp_path, engine=engine, steps=STEPS)
     often = "save_steps: 25\n  eval_strategy: steps\n  eval_steps: 50"
     text = run_file.read_text().replace("save_steps: 2", often)
-    # It counts the objects of the process that trains; its worker's: test_rewards_worker.py.
+    # The reward counts objects, so it must run in the training process. test_rewards_worker.py
+    # tests the reward worker.
     run_file.write_text(text.replace("reward: {", "reward: {isolate: false, "))
     (tmp_path / "my_rewards.py").write_text(COUNTS)
     samples = sample_run(run_file)
     assert len(world.read_rows(tmp_path / "run", "timings.jsonl")) == STEPS
     counted = [sample for sample in samples if sample.step > WARM_UP]
     reference = [sample for sample in counted if sample.step <= WARM_UP + REFERENCE]
-    assert len({sample.step for sample in counted}) > STEPS // 10, "too few steps were seen"
+    assert len({sample.step for sample in counted}) > STEPS // 10, "too few steps were sampled"
 
     memory = statistics.median(sample.resident_bytes for sample in reference)
     highest = max(sample.resident_bytes for sample in counted)
@@ -135,10 +139,10 @@ def test_500_steps_leak_no_memory_files_or_processes(tmp_path, engine):
         f" {tensors_after - tensors_before:+} tensors in {LATE - EARLY} steps"
     )
     assert highest <= memory * (1 + TOLERANCE)
-    assert after - before <= OBJECTS_A_STEP * (LATE - EARLY)
+    assert after - before <= OBJECTS_PER_STEP * (LATE - EARLY)
     assert tensors_after <= tensors_before
     for what in ("descriptors", "threads"):
         first = max(getattr(sample, what) for sample in reference)
-        # A checkpoint that is being written has a file open: the median is of the time between.
+        # A checkpoint that is being written has open files. They do not change the median.
         last = statistics.median(getattr(sample, what) for sample in counted[-len(counted) // 4 :])
         assert last <= first, what

@@ -1,10 +1,12 @@
-"""Tools of a run file: called in rollouts, limited in time, refused where they cannot be."""
+"""Tools of a run file are called in rollouts and have a time limit. Tools that cannot be called are
+errors.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path  # noqa: TC003 - pytest reads it
+from pathlib import Path  # noqa: TC003 - pytest evaluates the annotation
 from typing import Any
 
 import pytest
@@ -43,7 +45,7 @@ def score(completions, **kwargs):
     return [float(len(set(str(messages[0])))) for messages in completions]
 
 def hard(prompts, completions, **kwargs):
-    # Without spread for every prompt but two of the sixteen.
+    # All rewards are equal for each of the sixteen prompts except two.
     asked = [messages[-1]["content"] for messages in prompts]
     digests = [hashlib.sha256(str(messages).encode()).digest() for messages in completions]
     return [one[0] / 256 if text in ("3+4=", "8+9=") else 0.0 for text, one in zip(asked, digests)]
@@ -57,7 +59,9 @@ CHAT = (
 
 
 def template(function: str) -> dict[str, Any]:
-    """Whatever the model says is a call of ``function`` with it."""
+    """A response template that parses any answer of the model as a call of ``function`` with the
+    answer as its argument.
+    """
     call = {"name": function, "arguments": {"text": "{said}"}}
     return {
         "defaults": {"role": "assistant"},
@@ -77,7 +81,9 @@ def template(function: str) -> dict[str, Any]:
 def world(
     folder: Path, function: str = "measure", grpo: dict[str, Any] | None = None, **more: Any
 ) -> dict[str, Any]:
-    """A world whose model calls ``function`` in every completion; the case of a training."""
+    """Make a folder whose model calls ``function`` in every completion, and return its training
+    command for ``run_commands``.
+    """
     sys.path.append(str(FIXTURES))
     from tiny_llama import make_tiny, make_tokenizer
 
@@ -155,7 +161,7 @@ def test_tools_are_called(results: dict[str, FinishedCommand]) -> None:
 
 
 def test_a_resumed_run_logs_the_same_bytes(results: dict[str, FinishedCommand]) -> None:
-    """From the checkpoint of step 2, as after a kill in step 3."""
+    """The run resumes from the checkpoint of step 2, as after a kill in step 3."""
     run = results["whole"]
     assert run.returncode == 0, run.stderr
     out = run.folder / "out"
@@ -199,9 +205,9 @@ def test_a_slow_tool_is_interrupted_and_counted(results: dict[str, FinishedComma
     assert row["tools/failure_frequency"] == 1
 
 
-@pytest.mark.parametrize(("case", "said"), [("bare", "tool my_tools:bare"), ("plain", "a chat")])
+@pytest.mark.parametrize(("case", "message"), [("bare", "tool my_tools:bare"), ("plain", "a chat")])
 def test_tools_that_cannot_be_called_are_errors(
-    results: dict[str, FinishedCommand], case: str, said: str
+    results: dict[str, FinishedCommand], case: str, message: str
 ) -> None:
     assert results[case].returncode == 1
-    assert said in results[case].stderr
+    assert message in results[case].stderr

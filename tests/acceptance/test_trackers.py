@@ -1,4 +1,6 @@
-"""The real W&B, trackio and MLflow beside a run, without a network: what each one keeps."""
+"""A run with the real W&B, trackio and MLflow and without a network: the data that each tracker
+stores.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ needs = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(mis
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
-    """(run folder, trackio's folder, output) of a run with all three, resumed from its middle."""
+    """(run folder, trackio's folder, output) of a run with all three trackers that was resumed from
+    step 2.
+    """
     folder = tmp_path_factory.mktemp("trackers")
     world = train_world.make_run_files(folder, steps=4)
     arguments = (
@@ -71,7 +75,7 @@ def test_wandb_is_offline_and_resumes_the_same_run(tracked):
 
 @needs
 def test_a_tracker_that_never_answers_does_not_delay_the_end_of_a_run(tmp_path):
-    """W&B waits for its server as the interpreter ends, too."""
+    """W&B waits for its server also when the interpreter exits."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         world = train_world.make_run_files(tmp_path, steps=2)
         result = train_world.run_toolkit(

@@ -1,4 +1,4 @@
-"""``toolkit train`` as it is typed: what it leaves, and what it says when it is started again."""
+"""``toolkit train``: the files of a run, the output, and the result of a second start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toolkit.config.validate import check_instance
 
 
 def train_again(folder, *arguments):
-    """The command in ``folder``, in a fork of a process that has imported everything."""
+    """Run the command in ``folder``, in a fork of a process that has imported everything."""
     return run_commands(
         [{"folder": folder, "arguments": ["train", "run.yaml", *map(str, arguments)]}]
     )[0]
@@ -23,7 +23,7 @@ def train_again(folder, *arguments):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     run_file = world.make_run_files(tmp_path_factory.mktemp("w"))
-    # A folder that is empty: the lock, which the run itself puts there, does not count.
+    # resume: never needs an empty folder. The .lock file of the run itself does not count.
     arguments = ("train", run_file, "--evaluate", "--set", "runtime.resume=never")
     return run_file, world.run_toolkit(*arguments)
 

@@ -1,4 +1,4 @@
-"""``envcheck validate`` as a user and a scheduler meet it: arguments, exit codes, what-ifs."""
+"""``envcheck validate``: output, exit codes, files, overrides and options."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_exit_codes(tmp_path: Path) -> None:
     assert envcheck("validate", good, bad, tmp_path / "missing.yaml").returncode == 2
     assert envcheck("validate").returncode == 2
     assert envcheck("validate", good, "--world-size", "0").returncode == 2
-    # Not a fault but not known either: the model is not on this machine.
+    # The model is not on this machine. This is not an error, but --strict exits with 5.
     assert envcheck("validate", hub).returncode == 0
     assert envcheck("validate", hub, "--strict").returncode == 5
     assert envcheck("validate", hub, bad, "--strict").returncode == 1
@@ -177,7 +177,7 @@ def test_a_utilization_outside_the_sized_interval_is_an_error(tmp_path: Path) ->
 
 
 def test_validate_imports_no_heavy_library(tmp_path: Path) -> None:
-    """Nothing heavy is imported, and not jsonschema either, which may cost a second."""
+    """jsonschema is not imported either, because its import can take a second."""
     run = tmp_path / "run.yaml"
     run.write_text(VALID_RUN_FILE + "lora: {r: 0}\n", "utf-8")
     script = (

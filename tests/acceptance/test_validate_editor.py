@@ -1,7 +1,7 @@
-"""The real yaml-language-server on a run file: it completes, explains and refuses our keys.
+"""The real yaml-language-server completes, explains and checks the keys of a run file.
 
-The server comes from the npm registry into .setup/ once (30 MB) and is reached as editors reach
-it, over the language server protocol on standard input and output.
+The test installs the server once from the npm registry into .setup/ (30 MB). It talks to the server
+as an editor does: over the language server protocol on standard input and output.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WAIT_S = 60.0
 
 pytestmark = pytest.mark.skipif(
     shutil.which("npm") is None or shutil.which("node") is None,
-    reason="there is no npm on this machine, and yaml-language-server comes with it",
+    reason="npm or node is not installed; yaml-language-server needs both",
 )
 
 TEXT = f"""\
@@ -41,13 +41,13 @@ grpo:
   beta: high
   loss_type:\u0020
 """
-# The line (from 0) and the character of what is asked about.
+# The positions (line and character, both from 0) of the requests.
 ON_KEY, AT_VALUE, NEW_KEY = (4, 5), (7, 13), (7, 2)
 
 
 @pytest.fixture(scope="session")
 def server_folder() -> Path:
-    """The installed server."""
+    """The folder of the installed server."""
     program = HOME / "node_modules" / ".bin" / "yaml-language-server"
     if not program.exists():
         fresh = HOME.with_name(f"{HOME.name}.{os.getpid()}")
@@ -58,16 +58,14 @@ def server_folder() -> Path:
             check=True, timeout=300,
         )  # fmt: skip
         if program.exists():
-            shutil.rmtree(fresh)  # another test run was faster
+            shutil.rmtree(fresh)  # another test run has installed the server in the meantime
         else:
             fresh.rename(HOME)
     return HOME
 
 
 class Client:
-    """As much of an editor as is needed: requests, notifications, and the answers to the server's
-    own questions.
-    """
+    """A minimal editor: it sends requests and notifications, and answers the server's requests."""
 
     def __init__(self, folder: Path) -> None:
         self.process = subprocess.Popen(
@@ -114,17 +112,17 @@ class Client:
                 self.answered.notify_all()
 
     def notify(self, method: str, params: dict[str, Any]) -> None:
-        """Tell the server something."""
+        """Send a notification."""
         self._send({"method": method, "params": params})
 
     def ask(self, method: str, params: dict[str, Any]) -> Any:
-        """Ask, and wait for the answer."""
+        """Send a request and return the result."""
         self.count += 1
         request_id = self.count
         self._send({"id": request_id, "method": method, "params": params})
         with self.answered:
             assert self.answered.wait_for(lambda: request_id in self.answers, WAIT_S), (
-                f"no answer: {method}"
+                f"the server did not answer {method}"
             )
         answer = self.answers.pop(request_id)
         assert "error" not in answer, answer
@@ -147,7 +145,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture
 def editor(server_folder: Path, tmp_path: Path) -> Iterator[tuple[Client, dict[str, str]]]:
-    """A server with the run file open."""
+    """A client of a server that has opened the run file, and the document."""
     client = Client(server_folder)
     document = {"uri": (tmp_path / "run.yaml").as_uri()}
     try:
@@ -169,12 +167,12 @@ def editor(server_folder: Path, tmp_path: Path) -> Iterator[tuple[Client, dict[s
 
 
 def place(document: dict[str, str], at: tuple[int, int]) -> dict[str, Any]:
-    """What a request about a place takes."""
+    """The parameters of a request about a position."""
     return {"textDocument": document, "position": {"line": at[0], "character": at[1]}}
 
 
 def labels(answer: Any) -> list[str]:
-    """The words that a completion offers."""
+    """The labels in the answer to a completion request."""
     items = answer["items"] if isinstance(answer, dict) else answer
     return [str(item["label"]) for item in items]
 

@@ -1,4 +1,4 @@
-"""``envcheck validate`` finds a task of an environment that does not exist, and runs no code."""
+"""``envcheck validate`` reports an environment task that does not exist, and executes no code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ register_dataset(
 
 
 def interpreter(folder: Path) -> Path:
-    """A virtual environment with a reasoning-gym of two tasks, and a verifiers with a taskset."""
+    """The Python of a virtual environment with a fake reasoning_gym (two tasks) and a fake
+    verifiers (one taskset).
+    """
     packages = folder / "venv" / "lib" / "python3.11" / "site-packages"
     (packages / "reasoning_gym" / "games").mkdir(parents=True)
     (packages / "reasoning_gym" / "games" / "legs.py").write_text(REGISTERED)
@@ -55,12 +57,12 @@ def findings(folder: Path, *options: str, **environment: str) -> tuple[int, list
 
 
 @pytest.mark.parametrize(
-    ("adapter", "task", "severity", "said"),
+    ("adapter", "task", "severity", "message"),
     [
         ("reasoning_gym", "leg_countin", "error", "has no task leg_countin"),
         ("reasoning_gym", "leg_counting", None, ""),
         ("reasoning_gym", "composite", None, ""),
-        ("verifiers", "someone/no-where@1.2", None, ""),  # ENV006: not allowed
+        ("verifiers", "someone/no-where@1.2", None, ""),  # ENV006 reports this task
         ("verifiers", "nowhere", "warning", "module nowhere is neither next to the run file nor"),
         ("verifiers", "mine", "error", "does not define __all__, by which verifiers finds"),
         ("openenv", "mine:Gaem", "error", "does not define Gaem (did you mean Game?)"),
@@ -69,7 +71,7 @@ def findings(folder: Path, *options: str, **environment: str) -> tuple[int, list
     ],
 )
 def test_a_task_that_does_not_exist_is_an_error(
-    tmp_path: Path, adapter: str, task: str, severity: str | None, said: str
+    tmp_path: Path, adapter: str, task: str, severity: str | None, message: str
 ) -> None:
     (tmp_path / "mine.py").write_text("raise RuntimeError('read only')\nclass Game: ...\n")
     python = str(interpreter(tmp_path))
@@ -77,7 +79,7 @@ def test_a_task_that_does_not_exist_is_an_error(
     assert [one["severity"] for one in found] == ([severity] if severity else [])
     for one in found:
         assert one["key"] == "environment.task"
-        assert said in one["message"]
+        assert message in one["message"]
         assert code == (1 if severity == "error" else 0)
     if severity == "warning":
         assert findings(tmp_path, "--strict", adapter=adapter, task=task, python=python)[0] == 5
@@ -96,7 +98,7 @@ def test_a_taskset_of_verifiers_is_valid(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_task_is_corrected(tmp_path: Path) -> None:
-    """With the package that is installed here; also as a reward beside other data."""
+    """With the installed reasoning_gym: the task of the environment and the task of a reward."""
     pytest.importorskip("reasoning_gym")
     run = {
         "model": {"model_name": "m/m"},

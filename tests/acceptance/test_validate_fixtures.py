@@ -1,9 +1,9 @@
-"""Every rule has a file that gives exactly its finding, at the place that the file states, and one
-that gives none.
+"""Every rule has an invalid file that gives exactly one finding, of this rule and at the expected
+position, and a valid file that gives no finding.
 
-A fixture states in its comments what it finds (``# finds: RULE severity line:column``) and the
-options or environment that it is judged with (``# options:``). JSON has no comments: its facts
-stand here.
+The comments of a fixture name its finding (``# finds: RULE severity line:column``) and the command
+line options for it (``# options:``). JSON has no comments, so ``JSON_FACTS`` has the findings of
+the JSON fixtures.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ VALID = sorted(p for p in (FIXTURES / "valid").iterdir() if p.suffix in SUFFIXES
 
 
 def comment(path: Path, name: str) -> str:
-    """What stands after ``# name:`` in a fixture."""
+    """The text after ``# name:`` in a fixture; empty without such a comment."""
     found = re.search(rf"^# {name}: (.*)$", path.read_bytes().decode("latin-1"), re.MULTILINE)
     return found[1].strip() if found else ""
 
 
 def validate_findings(path: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
-    """The exit code and the findings of a fixture, through the command in this process."""
+    """Run ``envcheck validate`` in this process: the exit code and the findings of a fixture."""
     more = comment(path, "options").split()
     outcome = CliRunner().invoke(validate, [str(path), "--format", "json", *more, *options])
     assert outcome.exception is None or isinstance(outcome.exception, SystemExit), outcome.exc_info
@@ -47,7 +47,9 @@ def validate_findings(path: Path, *options: str) -> tuple[int, list[dict[str, An
 
 
 def expected_finding(path: Path) -> tuple[str, str, int | None, int | None]:
-    """The finding that an invalid fixture states; without a place, it is about the whole file."""
+    """(rule, severity, line, column) of an invalid fixture. Line and column are None if the finding
+    is about the whole file.
+    """
     if path.name in JSON_FACTS:
         return JSON_FACTS[path.name]
     rule, severity, *place = comment(path, "finds").split()
@@ -78,7 +80,7 @@ def test_every_rule_has_a_valid_and_an_invalid_file() -> None:
 
 
 def copy_with_inputs(path: Path, folder: Path) -> Path:
-    """A copy of a fixture that finds all that the fixture finds."""
+    """Copy a fixture with the files that it refers to, so that its findings stay the same."""
     (folder / "parts").symlink_to(FIXTURES / "parts")
     (folder / "invalid").mkdir()
     shutil.copy(FIXTURES / "invalid" / "fixture_rewards.py", folder / "invalid")
@@ -87,13 +89,13 @@ def copy_with_inputs(path: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("path", INVALID, ids=lambda path: path.name)
 def test_a_fix_removes_the_finding(path: Path, tmp_path: Path) -> None:
-    """For every finding with one way out that rewrites the text: --fix leaves the file without it,
-    and the rest as it was. A choice between several is left to a person.
+    """If the finding has one fix, which edits the file, --fix removes the finding and keeps all
+    comments. If the finding has several fixes, --fix changes nothing.
     """
     code, findings = validate_findings(path)
     fixes = [fix for found in findings for fix in found["fixes"]]
     if not any(fix["edits"] for fix in fixes):
-        assert expected_finding(path)[0] not in FIXABLE, "this rule lost its fix"
+        assert expected_finding(path)[0] not in FIXABLE, "this rule must have a fix"
         return
     copy = copy_with_inputs(path, tmp_path)
     before = copy.read_text(encoding="utf-8")
@@ -114,8 +116,8 @@ ADVICE = re.compile(r"((?:model|lora|dataset|grpo|runtime)\.\w+): (\S+)")
 
 @pytest.mark.parametrize("path", INVALID, ids=lambda path: path.name)
 def test_no_fix_leads_to_another_error(path: Path, tmp_path: Path) -> None:
-    """Each fix alone, as an edit or as the override that it names: no error that was not there, and
-    the finding is gone.
+    """Each fix, applied alone as an edit or as an override with --set, removes the finding and
+    causes no new error.
     """
     _, findings = validate_findings(path)
     before = {(f["rule"], f["key"]) for f in findings}
@@ -167,7 +169,7 @@ FIXABLE = {
 
 
 def test_the_installed_command_finds_the_same(tmp_path: Path) -> None:
-    """One cold process over a folder: the same findings as file by file."""
+    """One process that validates the whole folder gives the same findings as file by file."""
     folder = tmp_path / "invalid"
     shutil.copytree(FIXTURES / "parts", tmp_path / "parts")
     chosen = [
@@ -179,7 +181,7 @@ def test_the_installed_command_finds_the_same(tmp_path: Path) -> None:
     for path in [*chosen, FIXTURES / "invalid" / "fixture_rewards.py"]:
         shutil.copy(path, folder)
     for path in folder.glob("*.json"):
-        path.unlink()  # it has no model section of its own, so a folder leaves it out
+        path.unlink()  # without a model section, validate ignores it in a folder
     result = subprocess.run(
         [ENVCHECK, "validate", folder, "--format", "json"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What plugs into other tools: the pre-commit hooks, and the modeline of every example."""
+"""The pre-commit hooks, and the modeline for yaml-language-server in every example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``envcheck validate`` prints, for people and for programs."""
+"""The output formats of ``envcheck validate``, ``--fix``, and input that cannot be read."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def test_a_secret_is_never_shown(tmp_path: Path, form: str) -> None:
 
 
 def test_unreadable_input_is_an_error(tmp_path: Path) -> None:
-    """Folders, pipes without a writer, endless devices, other encodings: a finding, soon."""
+    """For a pipe without a writer, an endless device, a link loop, and a file that is too large or
+    not UTF-8, the command ends within seconds with a finding.
+    """
     pipe = tmp_path / "pipe.yaml"
     os.mkfifo(pipe)
     big = tmp_path / "big.yaml"
@@ -113,7 +115,7 @@ def test_unreadable_input_is_an_error(tmp_path: Path) -> None:
         start = time.monotonic()
         result = envcheck("validate", path)
         assert (result.returncode, "DOC014" in result.stdout) == (2, True), result
-        assert time.monotonic() - start < 10  # seconds of a loaded machine; the bound itself is 2
+        assert time.monotonic() - start < 10  # the limit is 2 s, but a busy machine needs more
     result = envcheck("validate", f"/dev/fd/{0}", stdin=VALID_RUN_FILE)
     assert result.returncode == 0
     with open(os.devnull, "rb") as nothing:
@@ -124,7 +126,7 @@ def test_unreadable_input_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "output"),
     [
         (["validate"], "none.yaml: error[DOC014] cannot be read: No such file or directory"),
         (["validate", "--format", "github"], "::error file=none.yaml,title=DOC014::cannot be read"),
@@ -132,11 +134,11 @@ def test_unreadable_input_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_cannot_be_read_is_reported_without_a_line(
-    tmp_path: Path, arguments: list[str], told: str
+    tmp_path: Path, arguments: list[str], output: str
 ) -> None:
     result = envcheck(*arguments, "none.yaml", cwd=tmp_path)
     assert result.returncode == 2
-    assert (result.stdout + result.stderr).startswith(told)
+    assert (result.stdout + result.stderr).startswith(output)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")

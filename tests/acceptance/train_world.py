@@ -1,4 +1,6 @@
-"""A world small enough to train in a second: an untaught model, two dozen prompts, a reward."""
+"""Files of a run that trains in seconds (an untrained model, 24 prompts, a reward), and functions
+that start such a run in a subprocess or a fork.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ BIN = Path(sys.executable).parent
 
 
 def make_run_files(folder: Path, *, engine: str = "transformers", steps: int = 8) -> Path:
-    """Write the world and return its run file."""
+    """Write the model, the datasets, the reward and the run file; return the run file's path."""
     from toolkit.train.demo import make_model, make_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,7 @@ def command_environment(**more: str) -> dict[str, str]:
 def run_toolkit(
     *arguments: str, timeout: float = 300, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """The installed command, as a user types it."""
+    """Run the installed command to its end."""
     return subprocess.run(
         [BIN / "toolkit", *map(str, arguments)],
         capture_output=True,
@@ -72,7 +74,9 @@ def run_toolkit(
 
 
 def result_digests(run_dir: Path) -> dict[str, str]:
-    """What must be equal between a run that was disturbed and one that was not."""
+    """Digests of the adapter, the metrics and the completions. They must be equal for a disturbed
+    run and an undisturbed run.
+    """
     names = ("adapter/adapter_model.safetensors", "metrics.jsonl", "completions.jsonl")
     return {n: hashlib.sha256((run_dir / n).read_bytes()).hexdigest() for n in names}
 
@@ -83,7 +87,7 @@ def read_rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def fork_run(run_file: Path, out: Path, *overrides: str, before=None, evaluate=False) -> int:
-    """Start the run in a forked process, which has imported everything already; return its pid."""
+    """Start the run in a forked process, which inherits all imports; return its pid."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -102,8 +106,8 @@ def fork_run(run_file: Path, out: Path, *overrides: str, before=None, evaluate=F
 
 
 def fork_command(*words: object, stdout: int, stderr: int, before=None) -> int:
-    """Start ``toolkit`` as it is installed, in a forked process that has imported everything
-    already; return its pid. The file descriptors are closed here.
+    """Start the command ``toolkit`` in a forked process, which inherits all imports; return its
+    pid. The parent process closes ``stdout`` and ``stderr``.
     """
     sys.stdout.flush()
     pid = os.fork()
@@ -131,7 +135,7 @@ def _command(words: list[str], before) -> int:
 
     torch.set_num_threads(1)
     sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, closefd=False)  # noqa: SIM115 - the process's own streams
+        open(number, mode, closefd=False)  # noqa: SIM115 - the streams of the process stay open
         for number, mode in ((0, "r"), (1, "w"), (2, "w"))
     )
     sys.argv = ["toolkit", *words]
@@ -156,7 +160,7 @@ def _run(run_file: Path, overrides: tuple[str, ...], evaluate: bool) -> int:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    stream = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115 - the process's own stdout
+    stream = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115 - stdout stays open
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         config = load_run(str(run_file), list(overrides), world_size=ranks)
@@ -164,7 +168,7 @@ def _run(run_file: Path, overrides: tuple[str, ...], evaluate: bool) -> int:
     except ToolkitError as error:
         stream.write(f"error: {error}\n")
         return error.exit_code
-    except SystemExit as end:  # another rank tells
+    except SystemExit as end:  # another rank reports the error
         return int(end.code or 0)
     except KeyboardInterrupt:
         return 130
@@ -172,7 +176,7 @@ def _run(run_file: Path, overrides: tuple[str, ...], evaluate: bool) -> int:
 
 
 def wait_for_exit(pid: int, timeout: float = 240) -> int:
-    """The exit code of a forked run; negative for a signal."""
+    """The exit code of a forked run; -N if signal N ended it."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -187,18 +191,18 @@ def wait_for_exit(pid: int, timeout: float = 240) -> int:
 def wait_for(condition, timeout: float = 120) -> None:
     end = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < end, "what the test waits for did not happen"
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.01)
 
 
 def raw_rows(run_dir: Path) -> list[str]:
-    """Rows of metrics.jsonl so far, unparsed; none while there is no file."""
+    """The lines of metrics.jsonl; an empty list while the file does not exist."""
     path = run_dir / "metrics.jsonl"
     return path.read_text().splitlines() if path.exists() else []
 
 
 class Command:
-    """``toolkit train`` in a fork, with pipes for what it prints."""
+    """``toolkit train`` in a forked process with pipes for stdout and stderr."""
 
     def __init__(self, *words, before=None):
         self.out, out = os.pipe()
@@ -218,7 +222,7 @@ class Command:
         return self.returncode
 
     def communicate(self, timeout):
-        """(None, what it wrote on stderr)."""
+        """Wait for the end of the process; return (None, its stderr)."""
         wait_for(lambda: self.poll() is not None, timeout)
         with open(self.err) as file:
             said = file.read()
@@ -229,8 +233,8 @@ class Command:
 
 @pytest.fixture(scope="module", autouse=True)
 def default_hang_up_handler():
-    """SIGHUP has its default action in what the tests of a module start, also under nohup. A module
-    that imports this fixture uses it.
+    """Processes that the tests start have the default action for SIGHUP, even if pytest runs under
+    nohup. The fixture is autouse: a module uses it by importing it.
     """
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield

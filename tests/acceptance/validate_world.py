@@ -1,4 +1,4 @@
-"""``envcheck`` in a cold process, and the beginning of a run file that is right."""
+"""A function that runs ``envcheck`` in a new process, and a valid run file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ reward: {{functions: [{{name: exact_match}}]}}
 
 def envcheck(*arguments: object, stdin: str | bytes = "", cwd: Path | None = None,
              env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """One cold process."""
+    """Run the installed command in a new process."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
     result = subprocess.run(
         [ENVCHECK, *map(str, arguments)],
