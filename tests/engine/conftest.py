@@ -1,4 +1,4 @@
-"""One way to open a small CPU engine."""
+"""Fixtures that open a small CPU engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ SMALL: dict[str, Any] = {
     "max_num_seqs": 16,
     "max_num_batched_tokens": 512,
     "kv_cache_bytes": 1 << 26,
-    # vLLM's own on a CPU is 128 tokens, as long as everything here: no prefix would be cached.
+    # vLLM's default block on a CPU has 128 tokens. No sequence here is longer, so no prefix would
+    # be cached.
     "block_size": 32,
 }
 
@@ -50,12 +51,12 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(llama_folder: Path) -> Iterator[Engine]:
-    """An engine on it, shared by the tests of a module."""
+    """An engine on the checkpoint of ``llama_folder``, shared by the tests of a module."""
     with open_engine(small_options(llama_folder)) as engine:
         yield engine
 
 
 @pytest.fixture
 def open_small() -> Callable[..., Engine]:
-    """Opens another small engine: ``open_small(folder, **changes)``."""
+    """A function that opens another small engine: ``open_small(folder, **changes)``."""
     return lambda folder, **changes: open_engine(small_options(folder, **changes))

@@ -1,4 +1,4 @@
-"""Small random checkpoints of every family, made on the spot: 2 layers, 128 wide, with a word-level
+"""Create small random checkpoints of every family: 2 layers, hidden size 128, and a word-level
 tokenizer.
 """
 
@@ -55,7 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 EXTRA_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {"gemma": ("Gemma", {"head_dim": 64})}
-"""Families that only some tests make: gemma2 has the same layers and more."""
+"""Families that only some tests create: gemma2 covers the same layers and more."""
 
 MODEL_CLASSES = {"Gemma3Text": "Gemma3ForCausalLM"}
 
@@ -66,9 +66,8 @@ def make_checkpoint(folder: Path, family: str, **changes: Any) -> Path:
     config = getattr(transformers, f"{class_stem}Config")(**(COMMON | family_values | changes))
     torch.manual_seed(0)
     model = getattr(transformers, MODEL_CLASSES.get(class_stem, f"{class_stem}ForCausalLM"))(config)
-    with (
-        torch.no_grad()
-    ):  # norms and biases start as ones and zeros: make each tensor tell itself apart
+    # Norms and biases start as ones and zeros: random values make each tensor distinct.
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -78,7 +77,7 @@ def make_checkpoint(folder: Path, family: str, **changes: Any) -> Path:
 
 
 def make_tokenizer() -> Any:
-    """Word-level: the word ``t17`` is token 17."""
+    """A word-level tokenizer: the word ``t17`` is token 17."""
     vocabulary = {f"t{i}": i for i in range(VOCAB)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="t3"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,6 @@
-"""GRPO on a small engine: a model with an engine on it, adapters that come and go, trainers."""
+"""Helpers for GRPO on a small engine: load a model with an engine, add a temporary adapter, and
+make a trainer.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(2, 6) for b
 
 
 def digit_reward(completions: list[str], **_: Any) -> list[float]:
-    """The share of digits: differs between completions from the first step on."""
+    """The share of digits, which differs between completions from the first step on."""
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
@@ -33,7 +35,7 @@ def short_reward(completions: list[str], **_: Any) -> list[float]:
 
 
 def load_with_engine(folder: Path, **engine_arguments: Any) -> tuple[Any, Any]:
-    """(model with an engine on it, tokenizer) of a checkpoint."""
+    """Load a checkpoint; return (model with its engine, tokenizer)."""
     values = {
         "max_seq_length": 96,
         "load_in_4bit": False,
@@ -48,7 +50,7 @@ def load_with_engine(folder: Path, **engine_arguments: Any) -> tuple[Any, Any]:
 
 @contextmanager
 def temporary_adapter(base: Any, **settings: Any) -> Iterator[Any]:
-    """``base`` with a fresh adapter, taken off again."""
+    """``base`` with a new adapter, which is removed at the end."""
     values = {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False, "random_state": 5}
     policy = FastLanguageModel.get_peft_model(base, **{**values, **settings})
     try:
@@ -66,8 +68,8 @@ def make_trainer(
     trainer_arguments: Any = None,
     **grpo: Any,
 ) -> GRPOTrainer:
-    """``more`` goes to the trainer (reward_funcs, tools, eval_dataset), ``grpo`` to its
-    arguments.
+    """A trainer with ``trainer_arguments`` (reward_funcs, tools, eval_dataset); ``grpo`` are the
+    fields of its GRPOConfig.
     """
     values = {"max_steps": 2, "max_completion_length": 8, **grpo}
     return GRPOTrainer(
@@ -80,7 +82,7 @@ def make_trainer(
 
 
 def logged_steps(trainer: Any) -> list[dict[str, Any]]:
-    """What was logged of each training step, less the wall clock."""
+    """The logged metrics of each training step, without times."""
     rows = [row for row in trainer.state.log_history if "loss" in row]
     return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
 
@@ -95,7 +97,7 @@ def adapter_checksum(policy: Any) -> str:
 
 
 def engine_checksums(engine: Any) -> dict[str, str]:
-    """A checksum of every tensor of the engine's model, less the adapter slots."""
+    """A checksum of every tensor of the engine's model, except the adapter slots."""
     tensors = {**dict(engine.module.named_parameters()), **dict(engine.module.named_buffers())}
     return {
         name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()

@@ -1,5 +1,6 @@
-"""One of several engines that share a model: what it samples and what its trainer computes, beside
-a separate load. Started by test_engine_tensor_parallel.py; one JSON line a family.
+"""A worker process: one of several engines that share a model. Compares its samples and its
+trainer's logits with a separate load of the model. Started by test_engine_tensor_parallel.py;
+prints one JSON line per family.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from toolkit.policy.shared_weights import shared_model
 def largest_logprob_gap(
     engine: Any, policy: Any, prompt: list[int]
 ) -> tuple[float, list[list[int]]]:
-    """The largest |engine - trainer| log-probability over two completions, and these."""
+    """The largest difference between the log-probabilities of engine and trainer over two
+    completions, and the token ids of these completions.
+    """
     rollout = engine.generate([prompt], Sampling(n=2, max_tokens=16, temperature=0.7), seed=3)
     gaps = []
     for ids, engine_logprobs in zip(rollout.completion_ids, rollout.logprobs, strict=True):
@@ -71,7 +74,7 @@ def compare_with_separate_load(folder: Path, family: str) -> dict[str, Any]:
             for name, value in adapter_tensors(policy).items()
         }
         gaps, ids, outputs = [], [], []
-        for factor in (1.0, 1.5):  # through vLLM's manager, and then into the slots
+        for factor in (1.0, 1.5):  # first published by vLLM's manager, then written into the slots
             set_adapter_tensors(
                 policy, {name: value * factor for name, value in random_tensors.items()}
             )

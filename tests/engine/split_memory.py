@@ -1,5 +1,5 @@
-"""One of two engines that share a model and run out of memory in a rollout: both of them, then one
-alone. Started by test_engine_tensor_parallel.py.
+"""A worker process: one of two engines that share a model. First both run out of memory in a
+rollout, then only one. Started by test_engine_tensor_parallel.py.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from toolkit.engine.open_engine import open_engine
 from toolkit.engine.rollout_request import Sampling
 
 PROMPTS = [[12] * 14, [15] * 16, [12] * 20]
-"""Longer than twelve tokens, so that a step of fewer tokens draws one for each sequence."""
+"""Longer than twelve tokens, so that a step of at most twelve tokens samples one token per
+sequence.
+"""
 
 
 def limit_sequences(forward: Any, max_sequences: int) -> Any:
-    """``inner`` that has no memory for a step of more than ``most`` sequences."""
+    """``forward`` that raises an out-of-memory error in a step of more than ``max_sequences``
+    sequences, after the first three steps.
+    """
     steps: list[int] = []
 
     def limited_forward(*args: Any, **kwargs: Any) -> Any:
@@ -67,7 +71,7 @@ def main(folder: Path) -> None:
     except ToolkitError as error:
         results["alone"] = [type(error).__name__, error.message, str(error.fix)]
     print(json.dumps(results), flush=True)
-    os._exit(0)  # the other engine waits in a sum
+    os._exit(0)  # without cleanup: the other engine waits in an all-reduce
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Runs of ``toolkit train`` in processes that share a model: a small world of words, and what is
-read of a run.
+"""Helpers that run ``toolkit train`` in processes that share a model: write the files of a small
+run, start it, and read its results.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def even(completions, **_):
 def make_run_files(
     folder: Path, family: str = "llama", *, steps: int = 4, delay: float = 0.0
 ) -> Path:
-    """Write model, data, reward and run file; returns the run file."""
+    """Write model, dataset, reward and run file; return the path of the run file."""
     folder.mkdir(parents=True, exist_ok=True)
     engine_checkpoints.make_checkpoint(folder / "model", family)
     rows = [{"question": f"t{5 + n} t{40 + 3 * n} t{90 + n} t7", "answer": "t4"} for n in range(24)]
@@ -63,7 +63,7 @@ def make_run_files(
 def start_training(
     run_file: Path, run_dir: Path, size: int, *overrides: str
 ) -> subprocess.Popen[str]:
-    """``toolkit train`` in ``size`` processes of this node."""
+    """Start ``toolkit train`` in ``size`` processes of this node."""
     command = [sys.executable, "-m", "toolkit", "train", str(run_file), "--no-evaluate"]
     command += ["--output-dir", str(run_dir)]
     for override in overrides:
@@ -81,7 +81,7 @@ def start_training(
 
 
 def run_training(run_file: Path, run_dir: Path, size: int, *overrides: str) -> str:
-    """The same to its end; what it said."""
+    """Run ``toolkit train`` to its end, check that its exit code is 0, and return its output."""
     process = start_training(run_file, run_dir, size, *overrides)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
@@ -89,20 +89,20 @@ def run_training(run_file: Path, run_dir: Path, size: int, *overrides: str) -> s
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl."""
+    """The rows of metrics.jsonl; none if the file does not exist yet."""
     path = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def read_completions(run_dir: Path) -> list[tuple[Any, ...]]:
-    """What was drawn."""
+    """(step, prompt, completion) of each row of completions.jsonl."""
     lines = (run_dir / "completions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return [(row["step"], row["prompt"], row["completion"]) for row in rows]
 
 
 def largest_adapter_difference(first_run: Path, second_run: Path) -> float:
-    """The largest difference of two adapters, in an element."""
+    """The largest difference between two elements of the adapters of two runs."""
     first_tensors, second_tensors = (
         load_file(d / "adapter/adapter_model.safetensors") for d in (first_run, second_run)
     )
@@ -115,6 +115,6 @@ def largest_adapter_difference(first_run: Path, second_run: Path) -> float:
 
 
 def output_digests(run_dir: Path) -> dict[str, str]:
-    """What must be equal between two runs of one run file."""
+    """Digests of the files that must be equal between two runs of one run file."""
     names = ("adapter/adapter_model.safetensors", "metrics.jsonl", "completions.jsonl")
     return {n: hashlib.sha256((run_dir / n).read_bytes()).hexdigest() for n in names}

@@ -1,6 +1,6 @@
-"""A quantization that vLLM's CPU engine can run, registered where vLLM lets anyone register one:
-4-bit codes in the layout of vLLM's bitsandbytes layers (``engine.live_weights.is_packed``),
-dequantized at every call, as bitsandbytes does on a GPU.
+"""A 4-bit quantization that vLLM's CPU engine can run, registered by vLLM's public functions. The
+codes have the layout of vLLM's bitsandbytes layers (``engine.live_weights.is_packed``), and every
+call dequantizes them, as bitsandbytes does on a GPU.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class StandInConfig(QuantizationConfig):
 
 
 class StandInLoader(DefaultModelLoader):
-    """vLLM's own, which refuses keys of ``model_loader_extra_config`` that it does not know."""
+    """vLLM's default loader, which would refuse the toolkit's key in ``model_loader_extra_config``:
+    the key is hidden from its constructor.
+    """
 
     def __init__(self, load_config: Any) -> None:
         extra_config, load_config.load_format = load_config.model_loader_extra_config, "auto"
@@ -118,7 +120,9 @@ class StandInLoader(DefaultModelLoader):
 
 
 def open_packed_engine(options: EngineOptions, copies: bool | int) -> Engine:
-    """An engine over packed weights; copies for ``wanted`` of them."""
+    """An engine over packed weights. ``copies``: True for copies of all layers, False for none, or
+    the number of bytes that the copies may use.
+    """
     prepare_environment()
     register_quantization_config(NAME)(StandInConfig)
     loader = make_dequantizing_loader(StandInLoader, unpack=unpack, dtype=torch.float32)
@@ -130,5 +134,5 @@ def open_packed_engine(options: EngineOptions, copies: bool | int) -> Engine:
         "enable_chunked_prefill": False,
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # upstream's own, as in engine.load
+        warnings.simplefilter("ignore")  # vLLM's own warnings
         return Engine(LLM(**arguments), options, owns_process_group=True)

@@ -1,4 +1,6 @@
-"""``toolkit bench`` on the CPU engine: every figure of our arm, and what becomes of the others."""
+"""``toolkit bench`` on the CPU engine: all figures of the toolkit's arm, and the reasons why other
+arms cannot run.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def test_bench_reports_all_figures_and_keeps_earlier_arms(tmp_path: Path) -> Non
         assert text in output
     log = tmp_path / "out" / "ours.log"
     log_time_before = log.stat().st_mtime_ns
-    # What the others lack beside a CPU torch is said in their columns; ours stays from before.
+    # The columns of the other arms say why they cannot run. The earlier result of ours is kept.
     output = _run_bench(tmp_path, "--arms", "trl,unsloth", "--profile")
     assert log.stat().st_mtime_ns == log_time_before
     assert output.splitlines()[2].split() == ["ours", "trl", "unsloth"]
@@ -45,7 +47,7 @@ def test_bench_reports_all_figures_and_keeps_earlier_arms(tmp_path: Path) -> Non
     assert len(ours["step_s"]) == 2
     assert ours["completion_tokens"] == [64 * 8] * 2
     assert ours["logp_gap_max"] < 1e-5
-    assert (ours["base_changed"], ours["base_total"]) == (0, 20)  # tied weights are one
+    assert (ours["base_changed"], ours["base_total"]) == (0, 20)  # tied weights count once
     assert ours["step_over_floor"] > 1
     assert ours["peak_device_bytes"] is None
     assert ours["profile"]["decode_step"]["steps"] == 32
@@ -71,7 +73,7 @@ def test_bench_splits_one_model_over_two_processes(tmp_path: Path) -> None:
     assert ours["completion_tokens"] == [64 * 8] * 2
     assert ours["logp_gap_max"] < 1e-5
     assert report["settings"]["ours_cards"] == 2
-    assert (tmp_path / "out" / "ours-1.json").is_file(), "the second process ended too"
+    assert (tmp_path / "out" / "ours-1.json").is_file(), "the second process has no result"
 
 
 @pytest.mark.slow

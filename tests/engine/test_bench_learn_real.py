@@ -1,5 +1,5 @@
 """A real instruct model on the CPU engine: chat format and tokens, ``bench --learn``, and training,
-generation and export. Needs the package index, for a wheel of 93 MB.
+generation and export. The tests download a wheel of 93 MB from the package index.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QUESTION = "What is 12 + 30?"
 
 
 def run_toolkit(*arguments: str) -> str:
-    """A command of the toolkit; returns what it printed."""
+    """Run a command of the toolkit; return its standard output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     process = subprocess.run(
         [str(Path(sys.executable).with_name("toolkit")), *arguments],
@@ -37,7 +37,7 @@ def run_toolkit(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of checkpoints, as the benchmark lays it out."""
+    """The folder in which the benchmark creates its checkpoints."""
     return tmp_path_factory.mktemp("models")
 
 
@@ -87,7 +87,7 @@ def test_bench_learn_measures_both_arms(
         assert len(run["rewards"]) == 2
     assert runs["ours"]["logp_gap_max"] < 1e-3
     first = {run["points"][0]["accuracy"] for run in runs.values()}
-    assert len(first) == 1  # the base, before the first step
+    assert len(first) == 1  # before the first step, both arms measure the base model
     assert ET.parse(tmp_path / "learn.svg").getroot().tag.endswith("svg")
     assert json.loads((tmp_path / "learn.json").read_text()) == report
 

@@ -1,4 +1,6 @@
-"""The calibration matrix: without a GPU it says so; its tiny form runs on the real CPU engine."""
+"""The calibration matrix: without a GPU the table says "not measured", and the tiny matrix runs on
+the real CPU engine.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "gpu" / "calibrate_matrix.py"
 
 
 def run_script(out: Path, *arguments: str) -> str:
-    """The script's output; no card is visible to it."""
+    """Run the script without a visible GPU; return its standard output."""
     process = subprocess.run(
         [sys.executable, str(SCRIPT), "--out", str(out), *arguments],
         capture_output=True,
@@ -57,5 +59,5 @@ def test_the_tiny_matrix_runs_and_resumes(tmp_path: Path) -> None:
     )
     assert "Calibration on the CPU" in text
     second_output = run_script(tmp_path / "out", "--dry", "--work", str(work))
-    assert "engine tiny" not in second_output  # what is there is not run again
+    assert "engine tiny" not in second_output  # runs that have a result are not repeated
     assert len((tmp_path / "out" / "calibration.jsonl").read_text().splitlines()) == 4

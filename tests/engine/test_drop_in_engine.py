@@ -1,5 +1,5 @@
-"""FastLanguageModel with ``fast_inference=True`` on the real engine, beside the model without
-one.
+"""FastLanguageModel with ``fast_inference=True`` on the real engine, compared with the model
+without an engine.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def _load(folder: Path | str, **values: Any) -> Any:
 def test_an_adapter_folder_loads_on_an_engine_without_shared_weights(
     llama_folder: Path, tmp_path: Path
 ) -> None:
-    """``share_weights=False`` keeps a trainer's copy; "auto" makes room for the adapter at hand.
+    """``share_weights=False`` gives the trainer its own copy of the weights, and
+    ``max_lora_rank="auto"`` becomes large enough for the loaded adapter.
 
-    It runs before the fixture ``engine_model``, because a process has one engine at a time.
+    This test runs before the fixture ``engine_model``, because a process has one engine at a time.
     """
     model, _ = _load(llama_folder)
     trained = FastLanguageModel.get_peft_model(model, r=10, use_gradient_checkpointing=False)
@@ -71,7 +72,7 @@ def test_an_adapter_folder_loads_on_an_engine_without_shared_weights(
 
 @pytest.fixture(scope="module")
 def engine_model(llama_folder: Path) -> Iterator[Any]:
-    """The PEFT model on an engine, its B not zero."""
+    """The PEFT model with an engine; the LoRA B tensors are not zero."""
     model, _ = _load(
         llama_folder,
         fast_inference=True,
@@ -93,7 +94,7 @@ def engine_model(llama_folder: Path) -> Iterator[Any]:
 
 
 def _check_refused_settings(model: Any) -> None:
-    """The refusals of get_peft_model, before an adapter is on; none leaves a trace."""
+    """get_peft_model refuses these settings. A refusal leaves no LoRA parameter in the model."""
     with pytest.raises(ConfigValueError, match="r=9 is above max_lora_rank=8") as caught:
         FastLanguageModel.get_peft_model(model, r=9)
     assert "max_lora_rank=16" in str(caught.value)
@@ -155,7 +156,9 @@ def test_vllm_and_transformers_sample_the_same_tokens(engine_model: Any, tmp_pat
 
 
 def test_the_engine_samples_from_the_trained_adapter(engine_model: Any, tmp_path: Path) -> None:
-    """The adapter as it is now, with no step of the user's between; a saved one beside it."""
+    """A changed adapter is used by the next call, without a call to publish it. A saved adapter can
+    be requested as well.
+    """
     request = engine_model.load_lora(engine_model.save_lora(tmp_path / "a"))
     before = _token_ids(engine_model.fast_generate(PROMPTS, **GREEDY))
     parts = [value for name, value in engine_model.named_parameters() if "lora_B" in name]
@@ -201,7 +204,7 @@ def test_vllms_sampling_params_are_accepted(engine_model: Any, tmp_path: Path) -
 def test_an_interrupted_call_leaves_no_requests(
     engine_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in a notebook, and the cell once more."""
+    """A user interrupts a notebook cell with Ctrl-C and runs the cell again."""
     from vllm import SamplingParams
 
     params = SamplingParams(n=2, max_tokens=8, seed=4)
@@ -267,7 +270,9 @@ def test_a_length_above_the_models_is_refused_before_the_engine_starts(llama_fol
 
 
 def test_closing_frees_everything_except_the_weights(engine_model: Any) -> None:
-    """The last test: the model goes on without its engine."""
+    """The model still works without its engine. This test is the last one of the module, because it
+    closes the engine.
+    """
     engine = engine_model.toolkit_engine
     held = [weakref.ref(thing) for thing in (engine.llm, engine.module, engine._adapters._manager)]
     ids = torch.tensor([PROMPTS[0]])

@@ -1,5 +1,6 @@
-"""4-bit layers over 16-bit copies while a rollout runs: the same completions, memory that comes and
-goes, and rollouts in parts. bitsandbytes and CUDA graphs: tests/gpu.
+"""Rollouts of 4-bit layers with 16-bit copies: the completions are the same, the memory of the
+copies is released between rollouts, and a rollout may be split. tests/gpu covers bitsandbytes and
+CUDA graphs.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SAMPLING = Sampling(n=2, max_tokens=12)
 
 @pytest.fixture(scope="module")
 def adapter(llama_folder: Path) -> Any:
-    """A model with an adapter that changes what is drawn."""
+    """A model with an adapter that changes the completions."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"]))
@@ -59,7 +60,7 @@ def publish_and_sample(engine: Engine, adapter: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def packed_completions(llama_folder: Path, adapter: Any) -> Any:
-    """What the engine draws when every product dequantizes its weight."""
+    """The engine's completions when every matrix product dequantizes its weight."""
     with stand_in_4bit.open_packed_engine(small_options(llama_folder), False) as engine:
         assert getattr(engine.module, COPIES_ATTRIBUTE, None) is None
         return publish_and_sample(engine, adapter)
@@ -129,7 +130,7 @@ def test_a_split_rollout_uses_the_copies(
 
     monkeypatch.setattr(generation, "generate", run_out_of_memory)
     engine.sleep()
-    # The tokens: log-probabilities are rounded otherwise in a smaller batch.
+    # Only the tokens are compared: a smaller batch rounds log-probabilities differently.
     assert publish_and_sample(engine, adapter)[1] == packed_completions[1]
     assert max(sizes[1:]) <= 3
     engine._max_completions_per_call = None
@@ -153,11 +154,11 @@ def test_too_little_memory_is_an_error_and_the_next_rollout_works(
     assert publish_and_sample(engine, adapter) == packed_completions
 
 
-# --- training over copies
+# --- training with copies
 
 
 def make_policy(engine: Engine, folder: Path) -> Any:
-    """The trainer's model: the values that the engine's 4-bit layers stand for, and an adapter."""
+    """The trainer's model: the dequantized values of the engine's 4-bit layers, and an adapter."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for module in model.model.layers.modules():
         if isinstance(module, torch.nn.Linear):
@@ -180,7 +181,7 @@ def odd_number_reward(completions: list[str], **_: Any) -> list[float]:
 
 @contextmanager
 def make_trainer_with_copies(engine: Engine, model: Path, out: Path, **grpo: Any) -> Iterator[Any]:
-    """A trainer whose copies are released in every reward call, which is after the rollout."""
+    """A trainer whose reward function checks that the copies are released after the rollout."""
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
         assert copied_bytes(engine) == 0
@@ -188,7 +189,7 @@ def make_trainer_with_copies(engine: Engine, model: Path, out: Path, **grpo: Any
 
     rows = [{"prompt": f"t{i} t{i + 1} t{i + 2}"} for i in range(5, 25)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers' printer, and upstream's
+        warnings.simplefilter("ignore")  # warnings of transformers and vLLM
         yield training.make_trainer(
             make_policy(engine, model),
             engine_checkpoints.make_tokenizer(),

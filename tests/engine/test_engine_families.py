@@ -1,5 +1,5 @@
-"""Every family on the real engine: one copy of the weights, and the sampled policy is the trained
-one.
+"""Every family on the real engine: the weights exist only once, and the engine samples from the
+trained policy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_PROJECTIONS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 TARGETS = {"phi3": FUSED, "qwen3_moe": ATTENTION}  # experts have no slots
-ATTENTION_OF = {"gemma2": "eager"}  # the default leaves its soft cap out
+ATTENTION_OF = {"gemma2": "eager"}  # the default attention ignores its soft cap
 FAMILIES = list(engine_checkpoints.FAMILIES)
 SCALINGS = {
     "alpha=r": (8, False),
@@ -62,7 +62,7 @@ def case(
 ) -> Iterator[Case]:
     family = request.param
     folder = engine_checkpoints.make_checkpoint(tmp_path_factory.mktemp(family), family)
-    # Loaded before the engine starts: vLLM changes some Hugging Face classes for good (OLMo 2).
+    # Loaded before the engine starts: vLLM changes some Hugging Face classes permanently (OLMo 2).
     reference = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=ATTENTION_OF.get(family)
     )
@@ -96,7 +96,9 @@ def add_random_adapter(case: Case, alpha: int, rslora: bool, spread: float = 0.0
 def largest_logprob_gap(
     case: Case, policy: Any, seed: int, prompt: list[int] | None = None
 ) -> float:
-    """Largest |engine - trainer| log-probability over two completions."""
+    """Largest difference between the log-probabilities of engine and trainer over two
+    completions.
+    """
     prompt = prompt or case.tokens[0].tolist()
     rollout = case.engine.generate(
         [prompt], Sampling(n=2, max_tokens=16, temperature=0.7), seed=seed
@@ -129,7 +131,7 @@ def test_logits_equal_those_of_a_separate_load(case: Case) -> None:
 
 
 def test_parameters_and_digest_equal_those_of_a_separate_load(case: Case) -> None:
-    """Tied weights too: one parameter, under one name."""
+    """Tied weights are one parameter under one name, as in the separate load."""
     assert {name: tuple(p.shape) for name, p in case.model.named_parameters()} == case.plain
     assert weights_digest(case.model) == case.weights
 
@@ -139,7 +141,7 @@ def test_no_parameter_has_a_second_copy(case: Case) -> None:
     for name, parameter in case.model.named_parameters():
         assert parameter.untyped_storage().data_ptr() in engine_storages, name
         assert not parameter.requires_grad, name
-    # Written through one, read through the other: the very same memory.
+    # A value that is written to one parameter is read from the other: they share their memory.
     norm = case.model.get_submodule("model.norm").weight
     engine_norm = dict(case.engine.module.named_parameters())["model.norm.weight"]
     previous_value = norm[0].item()
@@ -155,18 +157,20 @@ def test_engine_samples_from_the_trained_policy(case: Case, scaling: str) -> Non
     policy = add_random_adapter(case, *SCALINGS[scaling])
     trained = {n: checksum(p) for n, p in policy.named_parameters()}
     try:
-        for round_number in range(2):  # registered, then in place
+        for round_number in range(2):  # publish registers the adapter first, then writes in place
             case.engine.publish(policy)
             assert {n: checksum(p) for n, p in policy.named_parameters()} == trained
             assert largest_logprob_gap(case, policy, seed=round_number) < TOLERANCE
-        with policy.disable_adapter():  # the adapter does something, or the above shows nothing
+        with policy.disable_adapter():  # a trainer without the adapter must disagree
             assert largest_logprob_gap(case, policy, seed=0) > 100 * TOLERANCE
     finally:
         policy.unload()
 
 
 def test_a_large_adapter_on_a_prompt_beyond_the_window(case: Case) -> None:
-    """Scores of ten and more, where a cap that one side leaves out shows; windows are 64 tokens."""
+    """Attention scores of ten and more reveal a soft cap that one side ignores. The prompt is
+    longer than the sliding windows of 64 tokens.
+    """
     generator = torch.Generator().manual_seed(3)
     prompt = torch.randint(3, 200, (90,), generator=generator).tolist()
     policy = add_random_adapter(case, 8, False, spread=0.5)

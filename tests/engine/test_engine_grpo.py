@@ -1,5 +1,5 @@
-"""TRL's GRPO on the real engine: every loss and option, tools, evaluation, and what must not move:
-the base, and the outcome of a seed.
+"""TRL's GRPO on the real engine: every loss and option, tools, and evaluation. Training must not
+change the base weights, and equal seeds must give equal runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def silence_print(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
-    """(model with an engine on it, tokenizer), for all tests of the module."""
+    """(model with its engine, tokenizer), shared by the tests of the module."""
     from tiny_llama import make_tiny
 
     model, tokenizer = training.load_with_engine(
@@ -54,7 +54,7 @@ def policy(loaded: tuple[Any, Any]) -> Iterator[Any]:
 
 
 def train_run(loaded: Any, folder: Path, **grpo: Any) -> tuple[list[dict[str, Any]], str, str]:
-    """(what was logged, completions as JSON, checksum of the adapter) of a run of its own."""
+    """Train a new adapter; return (logged steps, completions as JSON, checksum of the adapter)."""
     trainer_arguments, completions_seen = grpo.pop("more", {}), []
 
     def record_completions(completions: list[str], **_: Any) -> list[float]:
@@ -77,7 +77,7 @@ def train_run(loaded: Any, folder: Path, **grpo: Any) -> tuple[list[dict[str, An
         )
 
 
-# --- what must not move
+# --- unchanged base weights and reproducible runs
 
 
 def test_fifty_steps_do_not_change_the_engines_tensors(loaded, policy, tmp_path) -> None:
@@ -91,7 +91,7 @@ def test_fifty_steps_do_not_change_the_engines_tensors(loaded, policy, tmp_path)
     assert training.engine_checksums(engine) == before
     assert len(before) > 20
     assert max(row["sampling/logp_gap_max"] for row in rows) < TOLERANCE
-    # It has learned, so what was held fixed was held fixed under real steps.
+    # The rewards have increased, so the tensors were unchanged although the steps had an effect.
     assert sum(r["reward"] for r in rows[-5:]) > sum(r["reward"] for r in rows[:5]) + 1
     request = policy.load_lora(policy.save_lora(tmp_path / "saved"))
     prompts = ["2+3=", "5+5="]
@@ -104,8 +104,8 @@ def test_fifty_steps_do_not_change_the_engines_tensors(loaded, policy, tmp_path)
 
 
 def test_an_adapter_that_trl_adds_is_trained_and_sampled(loaded, tmp_path) -> None:
-    """``peft_config`` goes by get_peft_model; ``bf16`` is left to the config, and the engine is
-    float32.
+    """TRL adds the adapter of ``peft_config`` without get_peft_model. ``bf16`` keeps its default in
+    the config, although the engine is float32.
     """
     model, before = loaded[0], training.engine_checksums(loaded[0].toolkit_engine)
     layers = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
@@ -195,7 +195,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "generation_kwargs": {"generation_kwargs": {"min_tokens": 3, "logit_bias": {9: 2.0}}},
 }
 OTHER_DISTRIBUTION = {"generation_kwargs"}
-"""What the training pass does not follow."""
+"""Options that the training pass does not apply."""
 
 
 @pytest.mark.filterwarnings("ignore:lora_dropout=0.1. the engine samples without:UserWarning")
@@ -207,7 +207,7 @@ def test_trls_options_run_on_the_engine(loaded, tmp_path, name) -> None:
     with training.temporary_adapter(loaded[0], **OPTIONS[name].get("lora", {})) as fresh:
         assert adapter != training.adapter_checksum(fresh)
     assert ("kl" in rows[0]) == ("beta" in name)
-    for row in rows:  # also where nothing was drawn for a step
+    for row in rows:  # also for steps without a new rollout
         assert row["sampling/logp_gap_max"] >= row["sampling/logp_gap_mean"] >= 0
         if name not in OTHER_DISTRIBUTION | {"dropout"}:
             assert row["sampling/logp_gap_max"] < TOLERANCE
@@ -228,7 +228,7 @@ def test_a_users_rollout_func_gives_the_same_run(loaded, tmp_path) -> None:
 
     logged, _, adapter = train_run(loaded, tmp_path / "a", more={"rollout_func": rollout_func})
     assert all(row["sampling/logp_gap_max"] < TOLERANCE for row in logged)
-    assert adapter == train_run(loaded, tmp_path / "b")[2]  # the same draws as without it
+    assert adapter == train_run(loaded, tmp_path / "b")[2]  # the run without a rollout_func
 
 
 def test_several_rewards_with_weights(loaded, policy, tmp_path) -> None:
@@ -246,7 +246,7 @@ def test_several_rewards_with_weights(loaded, policy, tmp_path) -> None:
 
 
 def test_evaluation_while_training(loaded, tmp_path) -> None:
-    """It samples from the adapter of the moment, and what training draws does not hang on it."""
+    """Evaluation samples from the current adapter and does not change the rollouts of training."""
     expected, _, _ = train_run(loaded, tmp_path / "a")
     with training.temporary_adapter(loaded[0]) as policy:
         trainer = training.make_trainer(
@@ -261,8 +261,8 @@ def test_evaluation_while_training(loaded, tmp_path) -> None:
     evals = [row for row in trainer.state.log_history if "eval_reward" in row]
     assert [row["step"] for row in evals] == [1, 2]
     assert all(row["eval_sampling/logp_gap_max"] < TOLERANCE for row in evals)
-    # TRL shuffles the rows of a batch by the process's generator, which evaluation advances: the
-    # same rows in another order, so the same numbers up to rounding.
+    # TRL shuffles the rows of a batch with the global generator, which evaluation advances. The
+    # rows are equal but in another order, so the metrics are equal up to rounding.
     for actual, expected_row in zip(training.logged_steps(trainer), expected, strict=True):
         assert actual["reward"] == expected_row["reward"]
         assert actual["grad_norm"] == pytest.approx(expected_row["grad_norm"], rel=1e-4)
@@ -282,7 +282,8 @@ def test_structured_outputs(loaded, policy, tmp_path) -> None:
         trainer_arguments={"reward_funcs": record_completions},
         vllm_structured_outputs_regex="[0-9]{2}=(yes|no)[0-9]",
     )
-    # The mass of what a grammar allows is in every weight, and training does not know the grammar.
+    # Each importance weight is multiplied by the probability mass of the tokens that the grammar
+    # allows, because the training pass does not apply the grammar.
     with pytest.warns(ToolkitWarning, match="Remove vllm_structured_outputs_regex"):
         trainer.train()
     assert len(completions_seen) == 16
@@ -295,14 +296,15 @@ def test_structured_outputs(loaded, policy, tmp_path) -> None:
 
 
 def test_training_resumes_from_a_checkpoint_with_the_same_result(loaded, tmp_path) -> None:
-    """Saved by TRL's own options, gone on with in another trainer: the same end."""
+    """TRL's own options save the checkpoint. Another trainer resumes from it and ends with the same
+    adapter.
+    """
     grpo = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     full_run = train_run(loaded, tmp_path / "a", **grpo)
     saved = load_file(tmp_path / "a" / "checkpoint-2" / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
-    with training.temporary_adapter(
-        loaded[0], random_state=77
-    ) as policy:  # another start: it is replaced
+    # The adapter starts from other values, which the checkpoint replaces.
+    with training.temporary_adapter(loaded[0], random_state=77) as policy:
         trainer = training.make_trainer(policy, loaded[1], tmp_path / "a", **grpo)
         trainer.train(str(tmp_path / "a" / "checkpoint-2"))
         assert training.adapter_checksum(policy) == full_run[2]
@@ -332,8 +334,8 @@ EVERY_TEXT_IS_A_CALL = {
         "content": {"content": "text"},
     },
 }
-"""Whatever the model says is a call of ``measure`` with it: an untaught model calls, and its
-distribution is left alone.
+"""A response template that reads every completion as a call of ``measure`` with the completion as
+its argument. An untrained model calls the tool this way, and its distribution is not changed.
 """
 
 
@@ -372,14 +374,14 @@ def test_tools_through_trls_loop(loaded, policy, tmp_path, turns) -> None:
     rows = training.logged_steps(trainer)
     assert all(row["tools/call_frequency"] == turns for row in rows)
     assert all(row["tools/failure_frequency"] == 0 for row in rows)
-    # Tokens of the tool's answer are not the model's: they are neither scored nor trained on.
+    # The tokens of a tool's result are not sampled: they are neither scored nor trained on.
     assert all(row["sampling/logp_gap_max"] < TOLERANCE for row in rows)
     assert len(call_texts) == 16 * turns
     for messages in chats:
         roles = [message["role"] for message in messages]
         assert roles == ["assistant", *["tool", "assistant"] * turns]
-        said = messages[0]["tool_calls"][0]["function"]["arguments"]["text"]
-        assert messages[1]["content"] == str(len(said))
+        argument = messages[0]["tool_calls"][0]["function"]["arguments"]["text"]
+        assert messages[1]["content"] == str(len(argument))
 
 
 def test_an_unknown_loss_type_is_refused(loaded, policy, tmp_path) -> None:

@@ -1,8 +1,9 @@
-"""Multi-head latent attention (DeepSeek V2 and V3): which projections the engine follows.
+"""Multi-head latent attention (DeepSeek V2 and V3): the projections on which the engine applies an
+adapter.
 
-vLLM 0.31's CPU kernel for interleaved rotary embeddings takes a query of three dimensions for one
-of two and turns its first head alone, so the engine's own check refuses these models on the CPU.
-Here the embeddings are computed in plain torch, as on a GPU they are by a kernel that is right.
+vLLM 0.31's CPU kernel for interleaved rotary embeddings treats a query of three dimensions as one
+of two and rotates only its first head, so the engine's own check refuses these models on the CPU.
+These tests compute the embeddings in plain torch instead. The GPU kernel is correct.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
-    "kv_lora_rank": 512,  # with 64, what the CPU's decode kernel is built for
+    "kv_lora_rank": 512,  # the CPU's decode kernel supports only 512 with a rope dimension of 64
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
@@ -98,14 +99,16 @@ def _add_adapter(model: Any, target: str) -> Any:
 
 
 def _largest_logprob_gap(engine: Any, policy: Any) -> float:
-    """Largest |engine - trainer| log-probability: the first token follows a prefill, which is
-    computed otherwise than the rest.
+    """Largest difference between the log-probabilities of engine and trainer. It covers prefill and
+    decode: the first token follows the prefill, which has its own computation.
     """
     rollout = engine.generate([PROMPT], Sampling(n=1, max_tokens=16, temperature=0.7), seed=0)
     ids = rollout.completion_ids[0]
     sequence = torch.tensor([PROMPT + ids])
     with torch.no_grad():
         logits = policy(sequence).logits[0, len(PROMPT) - 1 : -1].float() / 0.7
-    ours = torch.log_softmax(logits, -1).gather(1, sequence[0, len(PROMPT) :, None])[:, 0]
-    told = torch.tensor([position[0] for position in rollout.logprobs[0]])
-    return float((ours - told).abs().max())
+    trainer_logprobs = torch.log_softmax(logits, -1).gather(1, sequence[0, len(PROMPT) :, None])[
+        :, 0
+    ]
+    engine_logprobs = torch.tensor([position[0] for position in rollout.logprobs[0]])
+    return float((trainer_logprobs - engine_logprobs).abs().max())

@@ -1,4 +1,6 @@
-"""Start, refuse, close: no leak, a second engine, and errors that say what to do."""
+"""Starting and closing the engine: closing frees all resources, a second engine works, and errors
+say how to fix the problem.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,13 @@ pytestmark = [pytest.mark.engine, pytest.mark.thorough]
 def test_no_weight_stays_mapped_from_the_file(
     llama_folder: Path, open_small: Callable[..., Engine]
 ) -> None:
-    """A checkpoint that is cut short during the run must not end it."""
+    """A checkpoint file that is truncated during the run must not end the run."""
     with open_small(llama_folder):
         assert mapped_weight_files() == []
 
 
-def held() -> tuple[set[str], int, int]:
-    """Threads, children and listening sockets of this process."""
+def process_resources() -> tuple[set[str], int, int]:
+    """Thread names, number of child processes and number of listening sockets of this process."""
     process = psutil.Process()
     threads = {thread.name for thread in threading.enumerate()}
     listening = [c for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
@@ -53,11 +55,11 @@ def test_close_frees_everything_and_a_second_engine_works(
     llama_folder: Path, open_small: Callable[..., Engine]
 ) -> None:
     sampling = Sampling(n=2, max_tokens=8)
-    with open_small(llama_folder) as engine:  # whatever a first engine leaves for good is there now
+    with open_small(llama_folder) as engine:  # creates all that a first engine leaves behind
         first = engine.generate([[5, 6, 7]], sampling, seed=1)
     gc.collect()
-    threads, children, sockets = held()
-    torch.manual_seed(77)  # not the state that vLLM's own seeding leaves
+    threads, children, sockets = process_resources()
+    torch.manual_seed(77)  # differs from the state that vLLM's own seeding leaves
     rng, count = torch.get_rng_state(), torch.get_num_threads()
     engine = open_small(llama_folder)
     assert torch.equal(rng, torch.get_rng_state())
@@ -77,7 +79,7 @@ def test_close_frees_everything_and_a_second_engine_works(
     assert module() is None, "the engine's model is still alive"
     assert llm() is None, "the engine is still alive"
     assert weight() is None
-    after_threads, after_children, after_sockets = held()
+    after_threads, after_children, after_sockets = process_resources()
     assert after_threads <= threads
     assert after_children <= children
     assert after_sockets <= sockets
@@ -97,8 +99,8 @@ def test_close_frees_everything_and_a_second_engine_works(
 
 @pytest.mark.slow
 def test_one_engine_at_a_time(llama_folder: Path, open_small: Callable[..., Engine]) -> None:
-    """A notebook's loading cell, run once more: the engine that is held is named, the one that
-    nobody holds any more makes room.
+    """A notebook's loading cell may run twice. If the first engine is still referenced, the error
+    names its model. If nothing references the first engine, the second one opens.
     """
     with open_small(llama_folder) as first:
         with pytest.raises(ConfigError, match="open in this process") as caught:
@@ -107,7 +109,7 @@ def test_one_engine_at_a_time(llama_folder: Path, open_small: Callable[..., Engi
         assert "toolkit_engine.close()" in str(caught.value.fix)
         assert first.generate([[5]], Sampling(max_tokens=2), seed=1).completion_ids
     lost = open_small(llama_folder)
-    lost.itself = lost  # type: ignore[attr-defined]  # what only the collector finds
+    lost.itself = lost  # type: ignore[attr-defined]  # only the garbage collector frees a cycle
     del lost
     with open_small(llama_folder) as engine:
         assert engine.generate([[5]], Sampling(max_tokens=2), seed=1).completion_ids
@@ -199,7 +201,7 @@ def test_engine_and_model_that_differ_are_refused_by_the_spot_check(
     with open_small(folder) as engine:
         config = json.loads((folder / "config.json").read_text())
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": 7.0}
-        (folder / "config.json").write_text(json.dumps(config))  # changed behind the engine's back
+        (folder / "config.json").write_text(json.dumps(config))  # after the engine was opened
         with pytest.raises(UnsupportedError, match="differ by"):
             shared_model(engine)
 
@@ -242,9 +244,9 @@ def test_a_missing_model_is_refused(tmp_path: Path, open_small: Callable[..., En
 
 
 @pytest.mark.slow
-def test_experts_on_a_cpu_cannot_be_shared_with_adapters_on_them(tmp_path: Path) -> None:
-    """vLLM's own CPU kernel repacks experts, so they are shared where LoRA is on alone; and no
-    expert gets an adapter (what does is among the families).
+def test_experts_on_a_cpu_are_shared_only_with_lora_and_get_no_adapter(tmp_path: Path) -> None:
+    """vLLM's own CPU kernel repacks experts, so they can be shared only if LoRA is enabled. An
+    adapter on experts is refused; test_engine_families.py tests the supported adapters.
     """
     folder = engine_checkpoints.make_checkpoint(tmp_path, "qwen3_moe")
     with open_engine(small_options(folder, enable_lora=False)) as engine:
@@ -263,7 +265,7 @@ def test_experts_on_a_cpu_cannot_be_shared_with_adapters_on_them(tmp_path: Path)
 
 
 def test_a_head_size_without_a_cpu_kernel_is_refused(tmp_path: Path) -> None:
-    """Before vLLM starts, and not as a bad node."""
+    """The error comes before vLLM starts, and its exit code is not that of a bad node."""
     engine_checkpoints.make_checkpoint(tmp_path, "llama", head_dim=16)
     with pytest.raises(UnsupportedError, match="heads have size 16") as caught:
         open_engine(small_options(tmp_path))

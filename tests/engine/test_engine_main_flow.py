@@ -29,7 +29,7 @@ CASES = [
         tied,
         engine,
         id=f"{family}-{'tied' if tied else 'untied'}-{engine}",
-        # One case is enough for each change: a tied model on vLLM.
+        # Only one case, a tied model on vLLM, runs for each change. The other cases are slow.
         marks=(
             pytest.mark.thorough
             if (family, tied, engine) == ("qwen3", True, "vllm")
@@ -70,7 +70,9 @@ print(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True))
 
 
 def make_qwen2_tokenizer() -> Any:
-    """transformers 5.17 reads every tokenizer of a Qwen2 checkpoint as its own kind of BPE."""
+    """A Qwen2 BPE tokenizer: transformers 5.17 reads each tokenizer of a Qwen2 checkpoint as
+    one.
+    """
     pieces = ["<pad>", "<bos>", "<eos>", *"0123456789t\u0120"]
     pieces += [f"x{number}" for number in range(len(pieces), engine_checkpoints.VOCAB)]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
@@ -98,7 +100,9 @@ def make_run_files(folder: Path, family: str, tied: bool, engine: str) -> Path:
 
 
 def generate_with_transformers(folder: Path) -> str:
-    """What plain transformers answers. In its own process: vLLM changes some of its classes."""
+    """The completion of plain transformers, from a separate process: vLLM changes some of its
+    classes.
+    """
     command = [sys.executable, "-c", TRANSFORMERS_SCRIPT, str(folder), PROMPT]
     process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert process.returncode == 0, process.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""The tenth notebook, on the real engine: Qwen3 4B's call patterns with fast_inference=True."""
+"""The call patterns of the Qwen3 4B notebook with fast_inference=True, on the real engine.
+tests/acceptance/test_notebooks.py tests the other notebooks.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def test_qwen_on_the_engine(tmp_path: Path, monkeypatch: Any) -> None:
-    """Standby by the variable, vLLM's SamplingParams in GRPOConfig, the adapter asked for after."""
+    """The environment variable sets standby, GRPOConfig accepts vLLM's SamplingParams, and after
+    the training the saved adapter can be requested.
+    """
     from vllm import SamplingParams
 
     from toolkit import FastLanguageModel, GRPOConfig, GRPOTrainer

@@ -1,4 +1,4 @@
-"""Rollouts on the real engine: layout, options, reproducibility, adapters coming and going."""
+"""Rollouts on the real engine: layout, options, reproducibility, and changing adapters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ALL_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 @pytest.fixture
 def policy(llama: Engine) -> Iterator[PeftModel]:
-    """The shared model with a non-zero adapter; taken off again."""
+    """The shared model with a non-zero adapter, which is removed after the test."""
     yield from temporary_adapter(llama, target_modules=ALL_PROJECTIONS)
 
 
@@ -122,11 +122,11 @@ def test_the_same_seed_gives_the_same_completions(llama: Engine) -> None:
     assert other.completion_ids != first.completion_ids[:4]
     assert len({tuple(ids) for ids in first.completion_ids[:4]}) == 4  # n samples, not n copies
     twice = llama.generate([PROMPTS[0], PROMPTS[0]], sampling, seed=3).completion_ids
-    assert twice[:4] != twice[4:]  # one prompt twice is two draws
+    assert twice[:4] != twice[4:]  # the same prompt twice gives two samples
 
 
 def test_a_group_may_be_split_over_requests(llama: Engine) -> None:
-    """vLLM's n completions of a request are those of n requests with their rows."""
+    """One request with n completions gives the same completions as n requests of the same rows."""
     full_rollout = llama.generate(PROMPTS, Sampling(n=4, max_tokens=12), seed=derive_seed(42, 7))
     rows = [prompt for prompt in PROMPTS for _ in range(4)]
     partial_rollouts = [
@@ -145,7 +145,7 @@ def test_a_group_may_be_split_over_requests(llama: Engine) -> None:
 
 
 def test_prompts_may_exceed_the_token_limit_of_a_batch(llama: Engine) -> None:
-    """A seeded request whose prompt is prefilled in parts ends vLLM's CPU worker."""
+    """vLLM's CPU worker would end if the prompt of a seeded request were prefilled in parts."""
     prompts = [[3 + index] * 60 for index in range(12)]
     assert sum(map(len, prompts)) > (llama.options.max_num_batched_tokens or 0)
     rollout = llama.generate(prompts, Sampling(n=1, max_tokens=4), seed=1)
@@ -224,7 +224,7 @@ def test_options_that_vllm_rejects_are_refused(
 ) -> None:
     with pytest.raises(ConfigValueError, match=message):
         llama.generate(PROMPTS, sampling, seed=1)
-    llama.generate(PROMPTS, Sampling(max_tokens=1), seed=1)  # and the engine lives on
+    llama.generate(PROMPTS, Sampling(max_tokens=1), seed=1)  # the engine still works
 
 
 def test_prompts_that_are_too_long_or_empty_are_refused(llama: Engine) -> None:
@@ -255,7 +255,7 @@ def test_publish_resets_cached_prefixes(llama: Engine, policy: PeftModel) -> Non
 def test_later_publishes_only_write_into_the_slot(
     llama: Engine, policy: PeftModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA graphs have captured its addresses; nothing goes through vLLM's manager again."""
+    """CUDA graphs have captured the slot's addresses; vLLM's manager is not called again."""
     llama.publish(policy)
     adapters = llama._adapters
     assert adapters is not None
@@ -291,7 +291,7 @@ def test_a_saved_adapter_uses_the_slot_temporarily(
     inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     outputs = llama.llm.generate(inputs, params, lora_request=request, use_tqdm=False)
     assert [list(o.outputs[0].token_ids) for o in outputs] == trained.completion_ids
-    # max_loras is 1: the file's adapter has pushed ours out. It comes back as it is now.
+    # max_loras is 1: the saved adapter has replaced the policy's, which is published again.
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
@@ -347,9 +347,9 @@ def test_after_out_of_memory_the_rollout_is_the_same(
     failing_part: str,
     caplog: Any,
 ) -> None:
-    """The engine's own step raises: in the forward, or between it and sampling."""
+    """The engine's step raises in the forward pass, or after it when it computes the logits."""
     llama.publish(policy)
-    prompts = [*PROMPTS[:2], [12] * 30]  # none fills a block: a step's tokens tell its sequences
+    prompts = [*PROMPTS[:2], [12] * 30]  # none fills a cache block: one token per sequence
     sampling = Sampling(n=4, max_tokens=10)
     expected = llama.generate(prompts, sampling, seed=6)
     failed_sizes: list[int] = []
@@ -360,7 +360,7 @@ def test_after_out_of_memory_the_rollout_is_the_same(
     def limited(*args: Any, **kwargs: Any) -> Any:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         steps.append(tokens.shape[0])
-        # A step of more than five sequences, once some tokens are there already.
+        # Fails in a step of more than five sequences, after the first three steps.
         if len(steps) > 3 and 5 < tokens.shape[0] <= 12:
             failed_sizes.append(tokens.shape[0])
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
@@ -373,7 +373,7 @@ def test_after_out_of_memory_the_rollout_is_the_same(
         assert "out of memory with 12 sequences. From now on at most 6 run at a time" in caplog.text
         failures_before = len(failed_sizes)
         assert repeated.completion_ids == expected.completion_ids
-        split_rollout = llama.generate(prompts, sampling, seed=6)  # in parts from the start
+        split_rollout = llama.generate(prompts, sampling, seed=6)  # split from the start
         assert split_rollout.completion_ids == expected.completion_ids
         assert len(failed_sizes) == failures_before
     assert llama.llm.llm_engine.get_num_unfinished_requests() == 0
@@ -389,7 +389,7 @@ def test_after_out_of_memory_the_rollout_is_the_same(
 def test_an_interrupted_rollout_leaves_no_requests(
     llama: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in a notebook, and the cell once more."""
+    """A user interrupts a notebook cell with Ctrl-C and runs the cell again."""
     sampling = Sampling(n=4, max_tokens=10)
     expected = llama.generate(PROMPTS, sampling, seed=6, adapter=False)
     forward, steps = llama.module.forward, []
@@ -412,7 +412,7 @@ def test_an_interrupted_rollout_leaves_no_requests(
     "error",
     [
         RuntimeError("CUDA error: an illegal memory access was encountered"),
-        ValueError("too many values to unpack"),  # no refusal: the request was taken
+        ValueError("too many values to unpack"),  # not a refusal: vLLM accepted the request
     ],
 )
 def test_a_failed_engine_refuses_further_calls(
@@ -441,5 +441,5 @@ def test_a_failed_engine_refuses_further_calls(
     ):
         with pytest.raises(NodeError, match="failed earlier"):
             call()
-    llama._failure = None  # nothing broke but what was made to: the module's other tests go on
+    llama._failure = None  # the failure was simulated: later tests use the same engine
     drop_requests(llama.llm)

@@ -1,4 +1,4 @@
-"""The sampled policy is the trained policy, for every sampling option that the engine has."""
+"""With every sampling option of the engine, the sampled policy is the trained policy."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def silence_print(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
-    """(model with an engine on it, tokenizer), for all tests of the module."""
+    """(model with its engine, tokenizer), shared by the tests of the module."""
     from tiny_llama import make_tiny
 
     model, tokenizer = training.load_with_engine(
@@ -71,16 +71,17 @@ def test_engine_and_trainer_logprobs_differ_only_by_rounding(loaded, tmp_path, n
     assert len(rows) == 2
     for row in rows:
         assert row["sampling/logp_gap_max"] < TOLERANCE
-        assert row.get(RATIO_METRIC, 1.0) == pytest.approx(
-            1, abs=1e-3
-        )  # logged as a rollout is made
+        # The ratio is logged only in steps with a new rollout.
+        assert row.get(RATIO_METRIC, 1.0) == pytest.approx(1, abs=1e-3)
         assert row["entropy"] > 0
-    if "beta" in OPTIONS[name]:  # an adapter begins as the reference, whatever is dropped
+    if "beta" in OPTIONS[name]:  # a new adapter equals the reference, also with truncation
         assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_truncation_keeps_the_size_of_the_gradient(loaded, tmp_path) -> None:
-    """On a nearly uniform distribution, where the kept mass of a completion goes to 0."""
+    """On a nearly uniform distribution, the probability mass that truncation keeps approaches 0
+    over a completion.
+    """
     nearly_uniform = {"temperature": 2.0, "learning_rate": 1e-4}
     norms = {
         name: [
@@ -95,7 +96,7 @@ def test_truncation_keeps_the_size_of_the_gradient(loaded, tmp_path) -> None:
 
 
 def test_collapsed_importance_weights_give_one_warning(loaded, tmp_path) -> None:
-    """Two tokens out of all: each importance weight is the mass of these two."""
+    """Only two tokens are allowed: each importance weight is the probability mass of these two."""
     kwargs = {"allowed_token_ids": [3, 4]}
     with pytest.warns(ToolkitWarning, match="mean importance weight is") as caught:
         rows = train_run(loaded, tmp_path, generation_kwargs=kwargs, max_steps=3)
@@ -108,8 +109,8 @@ def test_collapsed_importance_weights_give_one_warning(loaded, tmp_path) -> None
 
 
 def test_rollouts_without_the_adapter_give_one_warning(loaded, tmp_path, monkeypatch) -> None:
-    """The base in place of the policy, as in an engine that was not told of the adapter: the gap
-    that is logged at every step shows it, and the run says so once.
+    """The engine samples from the base model instead of the policy, as if the adapter had not been
+    published. The logged gap is large at every step, and the run warns once.
     """
 
     def mean_gaps(folder: Path) -> list[float]:

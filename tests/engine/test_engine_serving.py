@@ -1,5 +1,5 @@
-"""The line that ``toolkit export`` prints, taken by plain vLLM: the exported adapter gives there
-the tokens that the policy of the run gives.
+"""Plain vLLM accepts the command that ``toolkit export`` prints, and with the exported adapter it
+gives the same tokens as the policy of the run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import train_world
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # vLLM's own start, without ours around it
+    pytest.mark.filterwarnings("ignore"),  # the toolkit does not filter vLLM's warnings here
 ]
 PROMPTS = ["10+11=", "12+13=", "13+15=", "11+10="]
 MAX_TOKENS = 6
 
 
 def served_arguments(line: str) -> Any:
-    """The printed command as vLLM's own parser reads it."""
+    """The arguments of the printed command, as vLLM's own parser reads them."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

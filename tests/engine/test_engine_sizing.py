@@ -1,4 +1,6 @@
-"""An engine opened as sizing chose takes what sizing said: weights, KV cache and LoRA slots."""
+"""An engine with the options that sizing chose uses the memory that sizing predicted: weights, KV
+cache and LoRA slots.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter's copy plan and the KV-only sleep at their seams, without an engine."""
+"""The adapter's copy plan and the KV-only sleep, tested without an engine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def tiny_adapter(**settings: Any) -> Any:
     ],
 )
 def test_a_float32_adapter_is_copied_into_bfloat16_slots(settings: dict, factor: float) -> None:
-    """Scaled in float32, cast once, and only the adapter's own rank of the slot is written."""
+    """Values are scaled in float32 and cast once. Only the part of the slot that belongs to the
+    adapter's rank is written.
+    """
     policy = tiny_adapter(**settings)
     pairs = read_lora_pairs(policy, "default")
     assert [pair.module for pair in pairs] == ["q_proj", "o_proj"]
@@ -109,7 +111,7 @@ def test_slot_locations_of_fused_and_plain_layers() -> None:
     module = SimpleNamespace()
     assert find_slot_locations("model.0.v_proj", layers, packed, module) == [(qkv, 2)]
     assert find_slot_locations("model.0.o_proj", layers, packed, module) == [(plain, 0)]
-    # Fused in Hugging Face, in two slots in the engine: A goes to both, B is cut.
+    # One fused layer in Hugging Face has two slots in the engine: A is copied to both, B is split.
     assert find_slot_locations("model.0.gate_up_proj", layers, packed, module) == [
         (fused, 0),
         (fused, 1),
@@ -133,7 +135,7 @@ def test_skipped_and_renamed_modules() -> None:
     qkv = fake_layer(3)
     layers = {"language_model.model.0.qkv_proj": qkv}
     packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    # Stacked names would make q and k one and the same.
+    # If the stacked names were applied, q and k would have the same name.
     assert find_slot_locations("model.0.q_proj", layers, packed, renaming) == [(qkv, 0)]
     assert find_slot_locations("model.0.k_proj", layers, packed, renaming) == [(qkv, 1)]
 

@@ -1,4 +1,4 @@
-"""A run on the engine that starts from an adapter with other ranks and alphas on some layers."""
+"""A run on the engine that starts from an adapter whose layers have different ranks and alphas."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def silence_print(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def started_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(policy, tokenizer, the adapter's tensors as they were saved)."""
+    """(policy, tokenizer, saved tensors of the adapter)."""
     folder = tmp_path_factory.mktemp("start")
     model = make_tiny(folder / "model")
     adapter, tensors = make_adapter(model, folder / "adapter")
@@ -83,7 +83,7 @@ def test_the_adapter_is_loaded_and_published(started_run: Any) -> None:
     assert not any("layers.1.self_attn.o_proj" in name for name in loaded)
     assert {p.requires_grad for n, p in policy.named_parameters() if "lora_" in n} == {True}
     engine = policy.toolkit_engine
-    assert engine.lora_request("default").lora_int_id == 1  # published as it was loaded
+    assert engine.lora_request("default").lora_int_id == 1  # loading publishes the adapter
 
 
 def test_an_adapter_with_patterns_is_sampled_as_trained(started_run: Any, tmp_path: Path) -> None:

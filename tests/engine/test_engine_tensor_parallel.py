@@ -1,5 +1,5 @@
-"""One model over several processes: what the engines sample and the trainer learns is what one
-process samples and learns. tests/unit/policy has the arithmetic without an engine.
+"""One model split over several processes: the engines sample and the trainer learns the same as in
+one process. tests/unit/policy tests the arithmetic without an engine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FAMILIES = (
 def run_workers(
     size: int, families: Sequence[str], folder: Path, worker: Path = WORKER
 ) -> list[dict[str, Any]]:
-    """What each of ``size`` engines that share a model found, a family after the other."""
+    """Run ``size`` processes whose engines share a model; return all their results."""
     port = free_port()
     workers = [
         subprocess.Popen(
@@ -58,7 +58,7 @@ def check_results(results: list[dict[str, Any]], count: int) -> None:
     for result in results:
         assert result["logits"] < 1e-5, result
         assert max(result["gaps"]) < 1e-5, "the sampled policy is the trained policy"
-        assert result["moved"] > 1e-3, "the second adapter is another policy"
+        assert result["moved"] > 1e-3, "the second adapter must change the policy"
         assert result["shared"], "every parameter lies in the engine's storage"
     for family in {result["family"] for result in results}:
         assert len({str(result["ids"]) for result in results if result["family"] == family}) == 1
@@ -71,13 +71,15 @@ def test_two_engines_share_a_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_families_are_split(tmp_path: Path, size: int) -> None:
-    """With four processes and two KV heads, each head is in two of them."""
+    """With four processes and two KV heads, each head is in two processes."""
     check_results(run_workers(size, FAMILIES, tmp_path), size * len(FAMILIES))
 
 
 @pytest.mark.slow
 def test_engines_that_run_out_of_memory_repeat_the_rollout(tmp_path: Path) -> None:
-    """If one of them does alone, the other waits in a sum, and the run ends with the reason."""
+    """If only one engine runs out of memory, the other waits in an all-reduce, and the run ends
+    with an error that gives the reason.
+    """
     results = run_workers(2, [], tmp_path / "model", WORKER.with_name("split_memory.py"))
     for result in results:
         assert result["same"]
@@ -87,7 +89,9 @@ def test_engines_that_run_out_of_memory_repeat_the_rollout(tmp_path: Path) -> No
     assert error_name == "ConfigError"
     assert "process 1 ran out of memory during a rollout" in message
     assert "resumes from the last checkpoint" in fix
-    assert results[0]["alone"][0] == "NodeError", "for process_control: its partner is gone"
+    assert results[0]["alone"][0] == "NodeError", (
+        "the error for process_control: the other process has ended"
+    )
 
 
 def test_every_supported_model_type_is_tested() -> None:
@@ -140,7 +144,7 @@ def test_a_killed_process_ends_the_run_with_one_error(tmp_path: Path, victim: in
     assert output.count("error:") == 1, output
     assert f"process {victim}" in output
     assert 0 < checkpoint.list_steps(killed_run)[0] < 6
-    # The checkpoint is whole: one process goes on from it, to rounding.
+    # The checkpoint is complete: one process resumes from it, with results equal up to rounding.
     resumed = tmp_path / "w" / "copy"
     subprocess.run(["cp", "-r", str(killed_run), str(resumed)], check=True)
     resumed_output = world.run_training(run_file, resumed, 1)

@@ -1,4 +1,6 @@
-"""Tools of a run file on the real engine: several turns, and a mask over what the tools said."""
+"""Tools of a run file on the real engine: several turns, and a mask over the results of the
+tools.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ TOLERANCE = 2e-2
 
 
 def test_a_run_file_with_tools_on_the_engine(tmp_path: Path, monkeypatch: Any) -> None:
-    """Two calls in each rollout. The training pass leaves out exactly the tokens that are not the
-    model's, and it scores the model's as the engine did.
+    """Each completion has two calls. The training pass masks exactly the tokens that were not
+    sampled, and its log-probabilities of the sampled tokens agree with the engine's.
     """
     turns = {"max_tool_calling_iterations": 2, "max_completion_length": 40, "max_steps": 2}
     token_limit = {"generation_kwargs": {"max_tokens": 6}}

@@ -1,15 +1,17 @@
-"""``just calibrate``: what sizing predicts against what a GPU takes, over a matrix of real runs.
+"""``just calibrate``: compare the memory that sizing predicts with the memory that a GPU uses, over
+a matrix of real runs.
 
-Random checkpoints are made of the benchmark's 1B and 8B Llama shapes; each engine of ``ENGINES`` is
-a process of its own, opened at the utilization that sizing chooses for its largest run, and trains
-every run of its list for two steps. Completions are random and of the full length (no time is spent
-decoding), so that a step has the shape that was sized for; the engine samples a few tokens of as
-many sequences as it takes at once, so that a rollout has its real peak.
+The checkpoints are random, with the benchmark's 1B and 8B Llama shapes. Each engine of ``ENGINES``
+has its own process. It is opened at the utilization that sizing chooses for its largest run, and it
+trains every run of its list for two steps. Completions are random and have the full length (no time
+is spent decoding), so that a step has the shape that sizing assumes. The engine samples a few
+tokens of as many sequences as it runs at once, so that a rollout has its real peak.
 
     python tests/gpu/calibrate_matrix.py [--out FOLDER] [--work FOLDER] [--only NAME] [--dry]
 
-Results are appended to FOLDER/calibration.jsonl after every run, and what is there is not run
-again. Without a GPU the table says "not measured". ``--dry`` runs a tiny matrix on the CPU engine.
+Results are appended to FOLDER/calibration.jsonl after every run, and runs that have a result are
+not repeated. Without a GPU the table says "not measured". ``--dry`` runs a tiny matrix on the CPU
+engine.
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ ENGINE_LIMIT_S = 240
 
 @dataclass(frozen=True)
 class Run:
-    """One training shape: adapter rank, whole length in tokens, micro-batch, checkpointing, and the
-    part of the length that is the prompt. With ``tokens`` a step has ``rows`` completions of one
-    prompt, in packs of at most that many tokens.
+    """One training shape: adapter rank, total length in tokens, micro-batch, checkpointing, and the
+    part of the length that is the prompt. With ``tokens``, a step has ``rows`` completions of one
+    prompt, in packs of at most ``tokens`` tokens.
     """
 
     r: int
@@ -119,7 +121,7 @@ ENGINES = (
         True,
         (Run(64, 4096, 8, True), Run(16, 1024, 8, True), Run(64, 1024, 1, False)),
     ),
-    # Steps of 67 and 33 GiB, beside a cache that fills the card while it is awake.
+    # Training steps of 67 and 33 GiB. While the KV cache is awake, it fills the card.
     EngineCase(
         "1b-sleep",
         "llama-1b",
@@ -130,7 +132,7 @@ ENGINES = (
         (Run(64, 4096, 8, False), Run(16, 4096, 4, False)),
         sleep=True,
     ),
-    # A prompt once for its completions, whole groups and cut ones.
+    # Packs that hold a prompt once for its completions, with whole groups and with split groups.
     EngineCase(
         "1b-packs",
         "llama-1b",
@@ -204,7 +206,7 @@ DRY_RUN_ENGINES = (
 
 
 def main() -> int:
-    """Run what is missing and print the table; 1 where a run failed or a peak is outside."""
+    """Run the missing runs and print the table. Return 1 if a run failed or a peak is "OUTSIDE"."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -235,7 +237,7 @@ def main() -> int:
 
 
 def has_gpu() -> bool:
-    """Whether CUDA sees a card, asked of NVML: no context is made in this process."""
+    """Whether a GPU is visible to CUDA. NVML answers, so that this process creates no context."""
     from toolkit.gpu.devices import select_device
     from toolkit.gpu.snapshot import take_snapshot
 
@@ -243,7 +245,9 @@ def has_gpu() -> bool:
 
 
 def run_all(cases: list[EngineCase], results: Path, work: Path, *, budget_s: float) -> None:
-    """One process an engine; the worker appends a line a run, so a crash loses nothing."""
+    """Start one process per engine. The worker appends one line per run, so that a crash loses no
+    results.
+    """
     start = time.monotonic()
     for case in cases:
         rows = read_results(results)
@@ -271,7 +275,7 @@ def append(results: Path, row: dict[str, Any]) -> None:
 
 
 def read_results(results: Path) -> list[dict[str, Any]]:
-    """Every line that is whole; of a run that was repeated, the last."""
+    """All complete lines; if a run was repeated, only its last line."""
     if not results.is_file():
         return []
     row_of_run: dict[tuple[str, str], dict[str, Any]] = {}
@@ -285,7 +289,7 @@ def read_results(results: Path) -> list[dict[str, Any]]:
 
 
 def table(cases: list[EngineCase], rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line a run and term, predicted and measured in GiB."""
+    """A Markdown table: one line per run and term, predicted and measured in GiB."""
     by_run = {(row["engine"], row["run"]): row for row in rows}
     device = next((row["device"] for row in rows if row.get("device")), None)
     lines = [f"Calibration on {device or 'no GPU: not measured'}", ""]

@@ -1,4 +1,4 @@
-"""What is measured in a run of calibrate_matrix.py, and how it is set beside the prediction."""
+"""Measure the memory of a run of calibrate_matrix.py, and compare it with the prediction."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from toolkit.train.report.memory_peaks import PhasePeaks
 
 NEW_TOKENS = 8  # of each sequence that the engine samples
-MAX_ERROR, MAX_UNUSED = 0.05, 0.08  # of the prediction; of the card
+MAX_ERROR, MAX_UNUSED = 0.05, 0.08  # shares: relative to the measured peak; of the card's memory
 
 
 class FullLength:
-    """In place of the engine's sampling: random completions, one of the full length, the rest
+    """Replaces the engine's samples by random completions: one has the full length, the others are
     shorter.
 
-    The engine samples too, as many sequences as it takes at once and as many prompt tokens as one
-    of its steps holds, so that the rollout has its real peak; what it sampled is not used.
+    The engine still samples, with as many sequences as it runs at once and as many prompt tokens as
+    one of its steps holds, so that the rollout has its real peak. Its samples are not used.
     """
 
     def __init__(self, trainer: Any, engine: Any, peaks: PhasePeaks | None) -> None:
@@ -36,7 +36,7 @@ class FullLength:
 
     def sync_weights(self) -> None:
         self.engine.publish(self.trainer.accelerator.unwrap_model(self.trainer.model))
-        gc.collect()  # the adapter of the run before is held until now
+        gc.collect()  # frees the adapter of the previous run
 
     def generate(self, prompts: list[list[int]], *_: Any, **__: Any) -> tuple[Any, Any, Any, Any]:
         with nullcontext() if self.peaks is None else self.peaks.sampling(self.engine):
@@ -49,7 +49,7 @@ class FullLength:
         return prompts, ids, logprobs, [[[token] for token in row] for row in ids]
 
     def sample(self) -> None:
-        """A few tokens of max_num_seqs sequences, their prompts all in one step."""
+        """Sample a few tokens of max_num_seqs sequences; one step holds all their prompts."""
         options = self.engine.options
         sequences, batched = options.max_num_seqs or 8, options.max_num_batched_tokens or 8192
         prompt_tokens = min(self.engine.max_model_len - NEW_TOKENS, batched // sequences)
@@ -64,8 +64,8 @@ class FullLength:
 
 
 def train(model: Any, tokenizer: Any, config: RunConfig, work: Path) -> dict[str, int]:
-    """Two steps; bytes of torch's peak by phase, of the step above what stays, and of the whole
-    card in use. Empty on the CPU.
+    """Train two steps and return bytes: torch's peak by phase, the peak of the step above the
+    memory that stays allocated, and the used memory of the whole card. Empty on the CPU.
     """
     import torch
     from datasets import Dataset
@@ -109,7 +109,7 @@ def train(model: Any, tokenizer: Any, config: RunConfig, work: Path) -> dict[str
         torch.cuda.empty_cache()
         peaks.begin()
     trainer.train()
-    if trainer.min_parts > 1:  # the trainer survives by cutting the micro-batch: not as sized
+    if trainer.min_parts > 1:  # the trainer split a micro-batch, which sizing did not assume
         raise MemoryError(f"the micro-batch was cut in {trainer.min_parts} parts")
     if peaks is None:
         return {}
@@ -124,10 +124,10 @@ def terms_of(
     *,
     sized_for_it: bool = False,
 ) -> list[dict[str, Any]]:
-    """Predicted beside measured, with the verdict on each peak.
+    """Rows with predicted and measured bytes, and the verdict on each peak.
 
-    How much of the card is used is judged for the run that the engine was sized for: the smaller
-    ones leave more, on purpose.
+    The used share of the card gets a verdict only for the run for which the engine was sized:
+    smaller runs leave more memory unused on purpose.
     """
     budget = {str(line["term"]): int(line["bytes"]) for line in result.budget}
     predicted = {

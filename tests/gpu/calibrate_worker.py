@@ -1,4 +1,4 @@
-"""One engine of the calibration matrix, in a process of its own: see calibrate_matrix.py."""
+"""Run one engine of the calibration matrix in its own process: see calibrate_matrix.py."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run_config(case: dict[str, Any], run: dict[str, Any], folder: Path) -> RunCo
 
 
 def open_model(case: dict[str, Any], folder: Path, result: SizingResult) -> Any:
-    """The shared model on an engine built as sizing chose."""
+    """The shared model on an engine with the options that sizing chose."""
     from toolkit import FastLanguageModel
 
     choice = result.choice
@@ -87,7 +87,7 @@ def open_model(case: dict[str, Any], folder: Path, result: SizingResult) -> Any:
 
 
 def main(request: str, results: str, work_folder: str) -> None:
-    """Open the engine, do the runs, append a line for each."""
+    """Open the engine, train its runs, and append one line for each."""
     case, work = json.loads(request), Path(work_folder)
     started = time.monotonic()
     from calibrate_matrix import append
@@ -98,7 +98,7 @@ def main(request: str, results: str, work_folder: str) -> None:
     from toolkit.policy.cuda_allocator import use_expandable_segments
     from toolkit.train.bench.shapes import make_checkpoint
 
-    use_expandable_segments()  # as loading does, but the checkpoint is made on the card before it
+    use_expandable_segments()  # loading does this too late: the checkpoint is created on the card
     snapshot = take_snapshot()
     gpu = select_device(snapshot)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
@@ -107,7 +107,8 @@ def main(request: str, results: str, work_folder: str) -> None:
     spec = read_spec(str(folder))
     configs = [run_config(case, run, folder) for run in case["runs"]]
     sized = [solve(config, spec, device) for config in configs]
-    # The engine is built for the run that leaves it the least; what cannot fit says so.
+    # The engine is sized for the run that leaves it the least memory. Runs that do not fit are
+    # skipped.
     fitting = [result for result in sized if result.feasible]
     largest = min(fitting, key=lambda result: result.interval.max or 0)
     model, tokenizer = open_model(case, folder, largest)
@@ -128,7 +129,7 @@ def main(request: str, results: str, work_folder: str) -> None:
 
 
 def free_gpu_memory() -> None:
-    """What comes next is to find the card as empty as it was sized for."""
+    """Free the cached memory, so that the next step finds the card as empty as sizing assumes."""
     import torch
 
     gc.collect()
@@ -144,7 +145,9 @@ def train_one_run(
     results: Path,
     where: dict[str, Any],
 ) -> None:
-    """Train one run on the open engine and write its line; if it cannot go on, a failed line."""
+    """Train one run on the open engine and append its line, which has the error if the run
+    fails.
+    """
     import torch
     from calibrate_matrix import Run, append
 

@@ -1,6 +1,6 @@
-"""The drop-in API's first example as it stands: 4-bit weights with an engine on them, trained.
+"""The first example of the drop-in API runs unchanged: it trains 4-bit weights with an engine.
 
-Only the checkpoint is ours: random weights of a small Llama, in a folder.
+Only the checkpoint is replaced: it is a folder with random weights of a small Llama.
 """
 
 from __future__ import annotations
@@ -86,4 +86,4 @@ def test_the_first_example_of_the_api_runs_unchanged(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     word, gap, kind, rank = result.stdout.splitlines()[-1].split()
     assert (word, kind, rank) == ("gap", "PeftModelForCausalLM", "64")
-    assert float(gap) < 0.1  # nats: bfloat16 over 4-bit weights; random ones make it larger
+    assert float(gap) < 0.1  # nats, in bfloat16 with 4-bit weights; random weights enlarge the gap

@@ -1,5 +1,5 @@
-"""What only a GPU can show of the engine: bfloat16, CUDA graphs, KV-only sleep, 4-bit. ``just
-test-gpu``.
+"""Tests of the engine that need a GPU: bfloat16, CUDA graphs, KV-only sleep, and 4-bit weights. Run
+them with ``just test-gpu``.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def model_with_adapter(engine: Engine) -> Any:
 
 
 def mean_logp_gap(engine: Engine, policy: Any) -> float:
-    """Mean |engine - trainer| log-probability over sampled tokens, in nats."""
+    """Mean difference between the log-probabilities of engine and trainer over the sampled tokens,
+    in nats.
+    """
     from toolkit.engine.rollout_request import Sampling
 
     prompt = list(range(3, 40))
@@ -106,7 +108,7 @@ def test_bfloat16_with_cuda_graphs_samples_the_trained_policy(
         tokens = torch.arange(3, 60, device="cuda")[None]
         with torch.no_grad(), policy.disable_adapter():
             assert torch.equal(policy(tokens).logits, reference(tokens).logits)
-        for _ in range(3):  # registered, then in place under the captured graphs
+        for _ in range(3):  # publish registers the adapter, then writes in place (captured graphs)
             engine.publish(policy)
             assert mean_logp_gap(engine, policy) < 0.03
             with torch.no_grad():
@@ -133,7 +135,7 @@ def test_kv_only_sleep_frees_the_cache_and_keeps_the_weights(
             engine.sleep()
             assert torch.cuda.mem_get_info()[0] > free + (1 << 30)
             with torch.no_grad():
-                assert torch.equal(policy(tokens).logits, logits)  # trains while the engine sleeps
+                assert torch.equal(policy(tokens).logits, logits)  # works while the engine sleeps
             engine.publish(policy)
             assert engine.generate([[5, 6, 7]], sampling, seed=1) == expected  # wakes by itself
 
@@ -162,8 +164,9 @@ def test_rollouts_with_16bit_copies_of_4bit_weights(
     dequantized_rollouts: Any,
     sleep: bool,
 ) -> None:
-    """Through captured graphs: memory that is the trainer's between two rollouts, the same tokens
-    after each, and a gap that is not larger than without copies; in two engines of one process.
+    """With captured CUDA graphs: between two rollouts the copies' memory is free for the trainer,
+    each rollout gives the same tokens, and the gap is not larger than without copies. One process
+    opens both engines, one after the other.
     """
     pytest.importorskip("bitsandbytes")
     from toolkit.base.errors import ConfigError
@@ -205,7 +208,8 @@ def test_rollouts_with_16bit_copies_of_4bit_weights(
             assert again.completion_ids == expected.completion_ids
         assert [tensor.data_ptr() for tensor in copies._copies] == addresses
         assert mean_logp_gap(engine, policy) <= 1.25 * gap + 2e-3
-        # Another kernel where a batch has one row, so a near tie may fall the other way.
+        # A batch of one row uses another kernel, so one of two nearly equal tokens may be exchanged
+        # for the other.
         pairs = zip(packed.completion_ids, expected.completion_ids, strict=True)
         assert sum(a[:4] == b[:4] for a, b in pairs) >= len(prompts) * sampling.n // 2
         total = torch.cuda.mem_get_info()[1]

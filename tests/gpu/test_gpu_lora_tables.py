@@ -1,4 +1,4 @@
-"""Tuned LoRA kernels on a card: a table is made, vLLM reads it, and rollouts stay what they are."""
+"""Tuned LoRA kernels on a GPU: the toolkit tunes a table, and vLLM reads it."""
 
 from __future__ import annotations
 

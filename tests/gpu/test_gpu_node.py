@@ -1,4 +1,6 @@
-"""On a machine with a GPU: what NVML said is true, nothing was loaded or set, and it was quick."""
+"""The node checks on a machine with a GPU: their values agree with nvidia-smi, they do not
+initialize CUDA, and they are fast.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def test_the_checks_of_a_node_take_less_than_two_seconds() -> None:
     assert time.perf_counter() - start < 2.0
     report = json.loads(result.stdout)
     wrong = [row for row in report["checks"] if row["verdict"] == "fail" and row["blame"] == "node"]
-    assert wrong == [], "this node is bad, or a check is"
+    assert wrong == [], "either this node is bad or a check is wrong"
 
 
 def test_a_replayed_recording_gives_the_same_exit_code(tmp_path: Path) -> None:
@@ -67,9 +69,10 @@ def test_a_replayed_recording_gives_the_same_exit_code(tmp_path: Path) -> None:
 
 
 def test_cuda_is_not_initialised() -> None:
-    """NVML 580 maps libcuda itself; what counts is that nobody called cuInit, and so no context is.
+    """NVML 580 maps libcuda itself, so the test checks that cuInit was not called: without it, the
+    process has no CUDA context.
 
-    The driver says so: every context call of a process that has not called cuInit gives
+    If a process has not called cuInit, every context call of the driver returns
     CUDA_ERROR_NOT_INITIALIZED (3).
     """
     program = """

@@ -1,4 +1,4 @@
-"""What only a GPU shows: 4-bit weights, activations offloaded to the host, dtypes."""
+"""Tests of the policy that need a GPU: 4-bit weights, activations offloaded to the host, dtypes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama large enough for its activations to be seen."""
+    """A checkpoint of a Llama whose activations are large enough to be measured."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "fixtures"))
     from tiny_llama import make_tiny
 
@@ -105,7 +105,7 @@ def test_a_4bit_model_trains_and_generates(folder: Path) -> None:
 
 
 def test_memory_is_allocated_in_expandable_segments(folder: Path) -> None:
-    """Also where CUDA was started before, as importing bitsandbytes does."""
+    """This holds even if CUDA was initialized before, as importing bitsandbytes does."""
     torch.cuda.init()
     _load_with_adapter(folder, False)
     tensor = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")

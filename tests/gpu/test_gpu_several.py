@@ -1,4 +1,6 @@
-"""Several visible GPUs: one process trains on the first, ``--nproc-per-node auto`` on all."""
+"""Several visible GPUs: one process trains on the first GPU, ``--nproc-per-node auto`` on all
+GPUs.
+"""
 
 from __future__ import annotations
 

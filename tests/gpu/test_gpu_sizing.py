@@ -1,4 +1,6 @@
-"""What sizing assumes of a card, against the card: its total for CUDA and what a context takes."""
+"""The constants of sizing agree with a real GPU: CUDA's total memory and the memory of a
+context.
+"""
 
 from __future__ import annotations
 
@@ -41,5 +43,5 @@ def test_total_and_context_memory_agree_with_the_constants() -> None:
     )
     context, total = map(int, result.stdout.split())
     assert device.cuda_total_bytes == pytest.approx(total, rel=0.003)
-    # Libraries load more as they are used; half of it, or more than it, is a wrong constant.
+    # Libraries load more memory as they are used. Outside these limits the constant is wrong.
     assert 0.5 * device.context_bytes <= context <= 1.2 * device.context_bytes
