@@ -1,10 +1,10 @@
-"""Run many ``toolkit`` commands for the price of one start.
+"""Run many ``toolkit`` commands in forks of one process that has imported the libraries.
 
-A start of ``toolkit train`` imports torch, transformers and trl, which takes seconds. This script
-imports them once and forks for each case; the child calls what the installed console script calls,
-with its own arguments, folder, environment and output, and ends with its exit code. A line of
-standard input is a JSON list of cases; a line of standard output is the list of their exit codes.
-Arguments are further modules to import.
+``toolkit train`` imports torch, transformers and trl, which takes seconds. This script imports them
+once and forks for each case. The child process calls the entry point of the installed console
+script, with the arguments, folder, environment and output files of its case, and ends with the
+command's exit code. Each line of standard input is a JSON list of cases. Each line of standard
+output is the list of their exit codes. The script's arguments name further modules to import.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     from toolkit.train.logging_setup import prepare_environment
 
     prepare_environment()
-    import toolkit.train.run  # noqa: F401 - what the children share
+    import toolkit.train.run  # noqa: F401 - the children share it
     from toolkit.engine.open_engine import prepare_environment as prepare_engine
     from toolkit.train import report  # noqa: F401
 
@@ -35,7 +35,7 @@ def main() -> None:
     (script,) = entry_points(group="console_scripts", name="toolkit")
     command = script.load()
     gc.collect()
-    gc.freeze()  # the children's collections leave what they share alone
+    gc.freeze()  # the children's garbage collection skips shared objects
     for line in sys.stdin:
         codes = []
         for case in json.loads(line):

@@ -1,5 +1,6 @@
-"""Values of single grpo keys, and of keys that belong together, for test_differential_keys: legal
-ones, edges, and such as upstream refuses.
+"""The runs of test_differential_keys: values of single grpo keys, and of keys that belong together.
+
+There are legal values, limits of ranges, and values that an upstream library refuses.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 EVALUATED = "dataset.eval_path=eval.jsonl grpo.eval_strategy=steps grpo.eval_steps=1"
 BY_STEP = f"{EVALUATED} grpo.save_strategy=best"
 
-# A line is one run: overrides with blanks between; those without a section are grpo's.
+# Each line is one run: its overrides, separated by spaces. Keys without a section are grpo keys.
 SCHEDULES = """
 lr_scheduler_type=linear
 lr_scheduler_type=cosine
@@ -211,7 +212,7 @@ repetition_penalty=100
 
 
 def runs() -> list[str]:
-    """Every line, with its shorthand written out."""
+    """Every line, with EVALUATED and BY_STEP replaced by their overrides."""
     lines = "".join((SCHEDULES, OPTIMIZERS, EVALUATION, TRAINER, GRPO)).split("\n")
     return [
         line.replace("EVALUATED", EVALUATED).replace("BY_STEP", BY_STEP) for line in lines if line
@@ -219,6 +220,6 @@ def runs() -> list[str]:
 
 
 def overrides(line: str) -> list[str]:
-    """The overrides of a line, each with its section."""
+    """The overrides of a line, each with the section of its key."""
     words = line.split(" ")
     return [word if "." in word.partition("=")[0] else f"grpo.{word}" for word in words]

@@ -1,6 +1,8 @@
-"""A small model and the pieces that GRPO notebooks share: loading, data, rewards, the trainer's
-usual arguments. What a machine without a GPU lacks (4 bits, the engine, 8-bit optimizers) and what
-would take hours (steps, lengths) is replaced here and nowhere else.
+"""A small model and the parts that GRPO notebooks share: loading, data, reward functions, and the
+usual arguments of the trainer.
+
+Only this module replaces the notebooks' settings that need a GPU (4-bit loading, the engine, 8-bit
+optimizers) and the settings that would take hours (steps, lengths).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def questions(count: int = 12) -> Dataset:
-    """Word problems as gsm8k's: a question, and an answer after four hashes."""
+    """Rows in the format of gsm8k: the result in ``answer`` follows four hashes."""
     rows = [
         {"question": f"{a}+{a + 1}=?", "answer": f"add them. #### {2 * a + 1}"}
         for a in range(count)
@@ -48,7 +50,7 @@ def hash_answer(text: str) -> str | None:
 
 
 def chats(count: int = 12) -> Dataset:
-    """The shape that gsm8k notebooks map it to: a prompt of two messages, and the answer."""
+    """The rows as gsm8k notebooks map them: a prompt of two chat messages, and the result."""
     return questions(count).map(
         lambda row: {
             "prompt": [
@@ -65,8 +67,8 @@ def tag_content(text: str) -> str:
 
 
 def correct(prompts: Any, completions: Any, answer: list[str], **kwargs: Any) -> list[float]:
-    said = [tag_content(completion[0]["content"]) for completion in completions]
-    return [2.0 if one == right else 0.0 for one, right in zip(said, answer, strict=True)]
+    given = [tag_content(completion[0]["content"]) for completion in completions]
+    return [2.0 if one == right else 0.0 for one, right in zip(given, answer, strict=True)]
 
 
 def is_number(completions: Any, **kwargs: Any) -> list[float]:
@@ -89,5 +91,5 @@ def varies(completions: Any, **kwargs: Any) -> list[float]:
 
 
 def trained_layers(model: Any) -> set[str]:
-    """The adapter's B matrices that a training changed: they begin at zero."""
+    """Names of the LoRA B matrices that are not zero. They are zero before the training."""
     return {n for n, p in model.named_parameters() if "lora_B" in n and bool(p.detach().any())}

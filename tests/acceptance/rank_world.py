@@ -1,4 +1,4 @@
-"""The small world of ``train_world``, trained by several processes that are forked."""
+"""Train the small model of ``train_world`` with several ranks. Each rank is a forked process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ones(completions, trainer_state=None, **_):
 def start_ranks(
     run_file: Path, run_dir: Path, *overrides: str, size: int = 2, before=None
 ) -> list[int]:
-    """The ranks of a run, forked; their pids. What they print lies in ``run_dir``-RANK.txt."""
+    """Fork the ranks of a run; return their pids. Rank N prints to the file ``run_dir``-N.txt."""
     port = free_port()
 
     def rank(number: int):
@@ -50,9 +50,11 @@ def start_ranks(
 
         return begin
 
-    place = f'runtime.output_dir="{run_dir}"'
+    output_override = f'runtime.output_dir="{run_dir}"'
     return [
-        world.fork_run(run_file, output_path(run_dir, n), place, *overrides, before=rank(n))
+        world.fork_run(
+            run_file, output_path(run_dir, n), output_override, *overrides, before=rank(n)
+        )
         for n in range(size)
     ]
 
@@ -62,13 +64,16 @@ def output_path(run_dir: Path, number: int) -> Path:
 
 
 def printed_by_ranks(run_dir: Path, size: int = 2) -> str:
-    """All that the ranks printed."""
+    """The output of all ranks."""
     paths = [output_path(run_dir, number) for number in range(size)]
     return "".join(path.read_text() for path in paths if path.exists())
 
 
 def record_logs(path: Path) -> None:
-    """Have this process write what its trainer logs, and at the end the sum of its adapter."""
+    """Have the trainer of this process append its logs to ``path``, except times.
+
+    After the training, it also appends the sum of each adapter tensor.
+    """
     from transformers import Trainer
 
     from toolkit.train.checkpointing.state_files import trainable_parameters
@@ -99,13 +104,13 @@ def record_logs(path: Path) -> None:
 
 
 def adapter_distance(one: Path, other: Path) -> float:
-    """The largest difference of two adapters, in an element."""
+    """The largest absolute difference between an element of two adapters."""
     mine, theirs = (load_file(d / "adapter/adapter_model.safetensors") for d in (one, other))
     assert set(mine) == set(theirs)
     return max((mine[name] - theirs[name]).abs().max().item() for name in mine)
 
 
 def largest_weight(run_dir: Path) -> float:
-    """The largest element of an adapter: what the differences are to be measured by."""
+    """The largest element of an adapter, to compare ``adapter_distance`` with."""
     tensors = load_file(run_dir / "adapter/adapter_model.safetensors").values()
     return max(torch.max(tensor.abs()).item() for tensor in tensors)

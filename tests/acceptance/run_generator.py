@@ -1,5 +1,6 @@
-"""Run files for test_differential_runs: each key of the schema with legal values and edges,
-groups of keys that interact, and the models that they are tried on. All of it by a seed.
+"""Generate the run files of test_differential_runs, by a seed, and their models.
+
+A run file sets one key of the schema to a legal value or a limit, or several keys that interact.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MODELS_WITH_WEIGHTS = ("dense", "tied", "experts", "softcap")
-"""Models with weights: all runs are possible."""
+"""Models with weights. They can be trained."""
 
 QUANTIZED_MODELS: dict[str, dict[str, Any]] = {
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -31,7 +32,7 @@ QUANTIZED_MODELS: dict[str, dict[str, Any]] = {
     "compressed": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "unnamed": {"bits": 4},
 }
-"""Folders with a config.json and no weights: formats that weights are stored in."""
+"""Model folders with a config.json but no weights, one for each storage format of weights."""
 
 UNUSUAL_MODELS: dict[str, dict[str, Any]] = {
     "multimodal": {
@@ -47,9 +48,9 @@ UNUSUAL_MODELS: dict[str, dict[str, Any]] = {
     "small-heads": {"head_dim": 16},
     "no-weights": {},
 }
-"""Folders with a config.json and no weights: architectures."""
+"""Model folders with a config.json but no weights, with unusual architectures."""
 
-# Values that the schema cannot list, and those that its types would not reach.
+# Values that cannot be derived from the lists, types and limits of the schema.
 EXTRA_VALUES: dict[str, Sequence[Any]] = {
     "model.attn_implementation": (
         "eager", "sdpa", "flex_attention", "flash_attention_2", "paged|sdpa", "paged|eager", "x",
@@ -117,10 +118,10 @@ EXTRA_VALUES: dict[str, Sequence[Any]] = {
     "grpo.transformers_continuous_batching_config": ({}, {"max_memory_percent": 0.5}),
     "grpo.save_steps": (1, 0, 0.5, 1.5, 500),
     "grpo.logging_steps": (0, 1, 0.5, 10),
-    "grpo.torch_compile": (False,),  # a compiler's minutes, as are these two
+    "grpo.torch_compile": (False,),  # compilation takes minutes; also for the next two keys
     "grpo.torch_compile_backend": (None, "eager"),
     "grpo.torch_compile_mode": (None,),
-    # It takes a cache of most of the memory, and a minute to fill it.
+    # The value true allocates a cache of most of the memory, which takes a minute.
     "grpo.use_transformers_continuous_batching": (False,),
     "grpo.label_names": (["labels"], []),
     "grpo.use_cpu": (True, False),
@@ -243,7 +244,7 @@ KEY_GROUPS: dict[str, dict[str, Sequence[Any]]] = {
         "lora.r": (4, 16),
     },
 }
-"""Groups of keys that interact; a run takes two or three keys of one."""
+"""Groups of keys that interact. A run sets two or three keys of one group."""
 
 RUNS_PER_GROUP = {
     "formats": 50,
@@ -257,13 +258,13 @@ RUNS_PER_OTHER_GROUP = 30
 ENGINE_RUNS_PER_GROUP = {"formats": 15, "adapter": 20, "lengths": 8, "sampling": 20, "engine": 20}
 ENGINE_SECTIONS = ("model", "lora")
 MAX_VALUES = 4
-"""Of a key whose values the schema lists; differential_keys has more of the long lists."""
+"""The most values of a key that come from the schema; differential_keys has more of some keys."""
 MAX_ENGINE_VALUES = 6
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedRun:
-    """A run file: the model it is about, who generates, and what it sets."""
+    """A run file: its model, its engine, and the keys that it sets."""
 
     model: str
     engine: str
@@ -271,12 +272,12 @@ class GeneratedRun:
 
     @property
     def description(self) -> str:
-        """In a line."""
+        """Model, engine and set keys in one line."""
         sets = " ".join(f"{key}={json.dumps(value)}" for key, value in self.sets)
         return f"{self.model}, {self.engine}: {sets}"
 
     def text(self) -> str:
-        """The run file, in JSON."""
+        """The run file as JSON."""
         run = {name: dict(section) for name, section in RUN.items()}
         run["grpo"]["max_steps"] = 1
         run["reward"]["isolate"] = False
@@ -290,8 +291,8 @@ class GeneratedRun:
 
 
 def key_values(key: str, schema: dict[str, Any]) -> list[Any]:
-    """Legal values of a key: those of EXTRA_VALUES, else of its schema, with its bounds; no
-    default.
+    """Legal values of a key: from EXTRA_VALUES, or else from its schema, including the limits but
+    not the default.
     """
     if key in EXTRA_VALUES:
         return list(EXTRA_VALUES[key])
@@ -325,7 +326,7 @@ def _schema_values(schema: dict[str, Any]) -> Iterator[Any]:
 
 
 def all_keys() -> dict[str, list[Any]]:
-    """Every key of a run file that is no renamed or refused one, with its values."""
+    """Every key of a run file with its values, except deprecated keys, the model and the engine."""
     values_by_key = {}
     for section in RUN:
         for name, schema in find_schema("run")["properties"][section]["properties"].items():
@@ -338,7 +339,7 @@ def all_keys() -> dict[str, list[Any]]:
 def sample_settings(
     group: str, count: int, chance: random.Random
 ) -> Iterator[tuple[tuple[str, Any], ...]]:
-    """``count`` choices of two or three keys of a group, with a value each."""
+    """Yield ``count`` random choices of two or three keys of a group, each with a value."""
     options = KEY_GROUPS[group]
     for _ in range(count):
         chosen = chance.sample(sorted(options), chance.choice((2, 2, 3)))
@@ -346,7 +347,7 @@ def sample_settings(
 
 
 def generate(seed: int = 12) -> list[GeneratedRun]:
-    """All run files, each once."""
+    """All run files, without duplicates."""
     chance, models = random.Random(seed), cycle(MODELS_WITH_WEIGHTS)
     runs = []
     for key, legal in all_keys().items():
@@ -372,7 +373,7 @@ def generate(seed: int = 12) -> list[GeneratedRun]:
 
 
 def make_models(root: Path) -> dict[str, Path]:
-    """The folders of the models, by name."""
+    """Make the folders of all models; return them by name."""
     import engine_checkpoints
     from tiny_llama import make_tiny, make_tokenizer
 

@@ -1,7 +1,7 @@
-"""A run that tells which phase it is in, for tests that strike in a phase.
+"""A run that reports its current phase, for tests that interrupt a run in a certain phase.
 
-``report_phases(handle)`` wraps the functions that make up a run, in the forked process alone; each
-writes a line when it is entered and one when it is left.
+``report_phases(handle)`` wraps the function of each phase, only in the forked process. A wrapped
+function writes one line when it begins and one line when it ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PHASES = (
 
 
 def phase_functions() -> dict[str, tuple[object, str]]:
-    """The function that is each phase: (where it is looked up, its name)."""
+    """The function of each phase: (the module or class that holds it, its name)."""
     from toolkit.train import run
     from toolkit.train.checkpointing import trainer_state
     from toolkit.train.report import metrics_log
@@ -53,28 +53,28 @@ def phase_functions() -> dict[str, tuple[object, str]]:
 
 
 def wrap_phase(phase: str, around: Callable[[str, Callable[[], object]], object]) -> None:
-    """From here on ``phase`` goes through ``around(name, call)``, which is to return ``call()``."""
+    """Replace the function of ``phase`` by ``around(name, call)``, which must return ``call()``."""
     owner, name = phase_functions()[phase]
     original = getattr(owner, name)
 
     def wrapped(*args: object, **kwargs: object) -> object:
-        said = phase
+        reported = phase
         if phase == "held out":
-            said = "evaluation after" if kwargs["adapter"] else "evaluation before"
-        return around(said, lambda: original(*args, **kwargs))
+            reported = "evaluation after" if kwargs["adapter"] else "evaluation before"
+        return around(reported, lambda: original(*args, **kwargs))
 
     setattr(owner, name, wrapped)
 
 
 def report_phases(handle: int) -> None:
-    """Write ``> phase`` and ``< phase`` to ``handle`` whenever one begins and ends."""
+    """Write ``> phase`` to ``handle`` when a phase begins, and ``< phase`` when it ends."""
 
-    def around(said: str, call: Callable[[], object]) -> object:
-        os.write(handle, f"> {said}\n".encode())
+    def around(reported: str, call: Callable[[], object]) -> object:
+        os.write(handle, f"> {reported}\n".encode())
         try:
             return call()
         finally:
-            os.write(handle, f"< {said}\n".encode())
+            os.write(handle, f"< {reported}\n".encode())
 
     for phase in phase_functions():
         wrap_phase(phase, around)
@@ -83,7 +83,9 @@ def report_phases(handle: int) -> None:
 def start_reporting_run(
     run_file: Path, out: Path, *overrides: str
 ) -> tuple[int, Iterator[tuple[float, str]]]:
-    """A forked run that tells: its pid, and (seconds since its start, line) as they come."""
+    """Fork a run that reports its phases; return its pid, and an iterator over its lines, each as
+    (seconds since the start, line).
+    """
     reading, writing = os.pipe()
     pid = world.fork_run(
         run_file, out, *overrides, before=lambda: report_phases(writing), evaluate=True
@@ -99,7 +101,7 @@ def _lines(handle: int, begin: float) -> Iterator[tuple[float, str]]:
 
 
 def phase_durations(lines: list[tuple[float, str]]) -> dict[str, list[float]]:
-    """How long each phase took each time."""
+    """The seconds of each phase, one value for each time that the phase ran."""
     found: dict[str, list[float]] = {phase: [] for phase in PHASES}
     begun: dict[str, float] = {}
     for at, line in lines:
@@ -112,7 +114,10 @@ def phase_durations(lines: list[tuple[float, str]]) -> dict[str, list[float]]:
 
 
 def open_phases(lines: list[str]) -> list[str]:
-    """The phases that ``lines`` leave open, the innermost last; or where between two they end."""
+    """The phases that have begun but not ended, the innermost last.
+
+    If there are none, the only item names the last phase that ended.
+    """
     open_: list[str] = []
     for line in lines:
         mark, phase = line.split(" ", 1)

@@ -1,4 +1,6 @@
-"""``envcheck`` as installed, and folders of real shapes without weights, for the tests of size."""
+"""For the tests of ``envcheck size``: the installed command, and folders of real models that have
+a config.json but no weights.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ def run_envcheck(
     stdin: str | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command; its exit code is asserted."""
+    """Run the installed command and assert its exit code."""
     result = subprocess.run(
         [str(ENVCHECK), *map(str, arguments)],
         capture_output=True,
@@ -41,7 +43,7 @@ def run_envcheck(
 
 
 def make_model(parent: Path, name: str) -> Path:
-    """A folder with the config.json of a model of the table."""
+    """Make a folder with the config.json of a model of shapes.json."""
     folder = parent / name.rpartition("/")[2]
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[name]["config"]))

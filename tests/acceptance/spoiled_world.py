@@ -1,4 +1,6 @@
-"""A folder in which ``toolkit train run.yaml`` works, to be spoiled by a test; and the command."""
+"""A folder in which ``toolkit train run.yaml`` succeeds until a test changes a file of it, and
+functions that run the command there.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def score(completions, answer, **kwargs):
 
 
 def make_model(folder: Path) -> Path:
-    """The checkpoint that all worlds of a module share."""
+    """Make the model that all folders of a test module share."""
     sys.path.append(str(FIXTURES))
     from tiny_llama import make_tiny
 
@@ -46,7 +48,10 @@ def make_model(folder: Path) -> Path:
 
 
 def make_world(folder: Path, checkpoint: Path, **changes: dict[str, Any]) -> Path:
-    """``folder`` with run.yaml (JSON is YAML), data and a reward; ``changes`` go into sections."""
+    """Write run.yaml (JSON is valid YAML), a dataset, a reward module and a link to the model.
+
+    ``changes`` are keys of sections of the run file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model").symlink_to(checkpoint)
     run = {name: {**section, **changes.get(name, {})} for name, section in RUN.items()}
@@ -58,14 +63,14 @@ def make_world(folder: Path, checkpoint: Path, **changes: dict[str, Any]) -> Pat
 
 
 def command_environment(**extra: str) -> dict[str, str]:
-    """One thread, no hub."""
+    """The environment of a command: one thread, and no access to the Hugging Face Hub."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
 def run_toolkit(
     folder: Path, *arguments: str, before: tuple[str, ...] = (), **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``toolkit`` in ``folder``; ``before`` is put in front of the command (setpriv ...)."""
+    """Run ``toolkit`` in ``folder``. ``before`` is a prefix of the command, such as setpriv."""
     return subprocess.run(
         [*before, str(TOOLKIT), *arguments],
         cwd=folder,
@@ -88,14 +93,16 @@ class FinishedCommand:
     stderr: str
 
     def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """A log of the run that it was."""
+        """The rows of a log file of the run."""
         return [json.loads(line) for line in (self.folder / "out" / name).read_text().splitlines()]
 
 
 def run_commands(cases: list[dict[str, Any]], *more: str, lane: int = 0) -> list[FinishedCommand]:
-    """Run each case ({folder, arguments, env}) with ``toolkit``'s entry point, in a fork of one
-    process that has imported the heavy libraries, and ``more`` modules. Each ``lane`` is a process
-    of its own, for a thread of its own. A case with a ``limit_s`` is killed after that.
+    """Run each case ({folder, arguments, env}) with the entry point of ``toolkit``.
+
+    Each case runs in a fork of a process that has imported the heavy libraries and the modules
+    ``more``. Each ``lane`` has its own such process, so that several threads can run cases. A case
+    with ``limit_s`` is killed after that many seconds.
     """
     requests = [
         {**case, "folder": str(case["folder"]), "env": command_environment(**case.get("env", {}))}
@@ -116,7 +123,7 @@ def run_commands(cases: list[dict[str, Any]], *more: str, lane: int = 0) -> list
 
 @cache
 def _server(*more: str, lane: int) -> subprocess.Popen[str]:
-    """One for all modules of a test session."""
+    """Start the command server of a lane, once for all modules of a test session."""
     script = Path(__file__).with_name("command_server.py")
     server = subprocess.Popen(
         [sys.executable, str(script), *more],
@@ -127,15 +134,16 @@ def _server(*more: str, lane: int) -> subprocess.Popen[str]:
     )
 
     def end() -> None:
-        server.communicate()  # closes its input, at which it ends
+        server.communicate()  # closes the server's standard input, and then the server ends
 
     atexit.register(end)
     return server
 
 
 def unprivileged_prefix() -> tuple[str, ...] | None:
-    """The prefix under which file permissions bind root too; () if we are not root; None if they
-    cannot be made to.
+    """The command prefix with which file permissions also apply to root.
+
+    It is () if this user is not root, and None if setpriv is missing or fails.
     """
     if os.geteuid() != 0:
         return ()

@@ -1,7 +1,8 @@
-"""Bad input to ``toolkit train``: one block that says what, where and what to do, the exit code of
-the table, no traceback, and nothing that was written before is lost.
+"""Bad input to ``toolkit train``: the command ends with the documented exit code and one error
+message, which says what is wrong, where, and what to do. There is no traceback, and files that
+were written before the error are kept.
 
-Most cases share one start of the command (command_server.py).
+Most cases run in forks of one process that has imported the libraries (command_server.py).
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ CANARY = "a canary that sings"
 
 @dataclass(frozen=True)
 class Case:
-    """``spoil`` makes the input bad; the command ends with ``code`` and says each of ``says``."""
+    """``spoil`` makes the input bad. The command must end with ``code`` and print ``messages``."""
 
     code: int
-    says: tuple[str, ...]
+    messages: tuple[str, ...]
     spoil: Callable[[Path], Any] = lambda folder: None
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     arguments: tuple[str, ...] = ("train", "run.yaml")
@@ -67,7 +68,7 @@ def _no_checkpoint(folder: Path) -> None:
 
 
 def _without_a_tensor(folder: Path) -> None:
-    """A model that is found broken when it is loaded: what is said before that was found sooner."""
+    """Make a model that cannot be loaded. If another error is reported, its check ran earlier."""
     shutil.copytree(folder / "model", folder / "broken")
     weights = folder / "broken" / "model.safetensors"
     tensors = load_file(weights)
@@ -157,7 +158,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedCommand]:
-    """Every case that needs no permissions of its own, run."""
+    """The results of all cases that do not depend on file permissions."""
     root = tmp_path_factory.mktemp("cases")
     names = [name for name, case in CASES.items() if not case.permissions]
     cases = []
@@ -183,7 +184,7 @@ def test_missing_permissions_end_with_an_error_message(
 ) -> None:
     prefix = unprivileged_prefix()
     if prefix is None:
-        pytest.skip("root, and its override of permissions cannot be dropped here")
+        pytest.skip("the user is root, and setpriv cannot drop the override of file permissions")
     folder = make_world(tmp_path / "w", model, **CASES[name].changes)
     CASES[name].spoil(folder)
     _check(CASES[name], run_toolkit(folder, *CASES[name].arguments, before=prefix))
@@ -191,8 +192,8 @@ def test_missing_permissions_end_with_an_error_message(
 
 def _check(case: Case, shown: FinishedCommand | subprocess.CompletedProcess[str]) -> None:
     assert shown.returncode == case.code, shown.stderr
-    for words in case.says:
-        assert words in shown.stderr
+    for message in case.messages:
+        assert message in shown.stderr
     assert ("Traceback" in shown.stdout + shown.stderr) is ("--debug" in case.arguments)
     assert CANARY not in shown.stdout + shown.stderr
 
@@ -254,14 +255,14 @@ def score(completions, trainer_state, **kwargs):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
-    """A file system of its own, large enough for pre-flight."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1100m", "tmpfs", str(place)]
+    """A separate file system that is large enough for the pre-flight check."""
+    mount_point = tmp_path / "small"
+    mount_point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1100m", "tmpfs", str(mount_point)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield mount_point
+    subprocess.run(["umount", "-l", str(mount_point)], check=True)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(

@@ -1,4 +1,6 @@
-"""Plain prompts over a model with a chat template: what is trained, said, recorded and asked."""
+"""Datasets of plain prompts with a model that has a chat template: training, output, logs,
+``toolkit generate`` and resume.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ def test_texts_become_user_messages_and_the_run_prints_it(trained: FinishedComma
 
 
 def test_held_out_data_is_used_without_an_eval_strategy(trained: FinishedCommand) -> None:
-    """evaluation.json is there, and the first lines said that it would be."""
+    """evaluation.json exists, and the first lines of the output announce the evaluation."""
     assert "held out evaluated before the first step and after the last" in trained.stdout
     evaluation = json.loads((trained.folder / "out" / "evaluation.json").read_text())
     assert {name: part["count"] for name, part in evaluation.items()} == {"before": 3, "after": 3}

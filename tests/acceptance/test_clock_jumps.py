@@ -1,4 +1,6 @@
-"""A clock that is set while a run trains, back and forth by years: nothing depends on it."""
+"""The clock (``time.time``) jumps by years, forward and back, while a run trains. The results do
+not depend on the clock.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ YEARS = 30 * 365 * 86400.0
 
 
 def test_a_changed_clock_changes_no_byte_of_the_results(tmp_path):
-    import toolkit.train.run  # noqa: F401 - before the forks
+    import toolkit.train.run  # noqa: F401 - imported before the forks
 
     run_file = world.make_run_files(tmp_path / "w", steps=3)
     plain = world.fork_run(run_file, tmp_path / "plain.txt")

@@ -1,5 +1,5 @@
-"""Several processes, one run: what one process would have learned, the same bytes each time, one
-message when it fails, and a stop that all agree on.
+"""Runs with several ranks. They train the same adapter as one rank, and a resumed run writes the
+same bytes. If a rank fails, one error is printed. A signal stops all ranks at the same step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HALF = ("grpo.per_device_train_batch_size=4",)
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    import toolkit.train.run  # noqa: F401 - before the forks
+    import toolkit.train.run  # noqa: F401 - imported before the forks
 
     made = world.make_run_files(tmp_path_factory.mktemp("w"), steps=6)
     (made.parent / "slow_rewards.py").write_text(ranks.SLOW_REWARDS)
@@ -38,11 +38,11 @@ def wait_for_success(pids, run_dir):
     assert codes == [0] * len(pids), ranks.printed_by_ranks(run_dir, len(pids))
 
 
-def with_delays(*values):
+def slow_case(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-# how one process runs it, how each of two does, what both have
+# overrides of (the run with one rank, the run with two ranks, both runs)
 SPLITS = [
     pytest.param(
         (),
@@ -82,7 +82,7 @@ def test_two_ranks_train_as_one_rank_does(run_file, tmp_path, alone, together, b
         [(row["step"], row["prompt"], row["completion"]) for row in world.read_rows(d, COMPLETIONS)]
         for d in (one, two)
     ]
-    assert texts[0] == texts[1]  # the same prompts, and the same draws
+    assert texts[0] == texts[1]  # the same prompts and the same samples
     assert ranks.adapter_distance(one, two) < 1e-4 < 0.02 < ranks.largest_weight(one)
     for mine, theirs in zip(world.read_rows(one), world.read_rows(two), strict=True):
         evaluation = "eval/loss" in mine
@@ -99,7 +99,7 @@ def test_two_killed_ranks_resume_to_the_same_bytes(run_file, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     wait_for_success(ranks.start_ranks(run_file, whole, *HALF, *SLOW), whole)
     logs = [(tmp_path / f"whole-{n}.jsonl").read_text() for n in (0, 1)]
-    assert logs[0] == logs[1]  # metrics and adapter, on both
+    assert logs[0] == logs[1]  # both ranks have the same metrics and adapter
     assert len(logs[0].splitlines()) >= 7
     pids = ranks.start_ranks(run_file, cut, *HALF, *SLOW)
     world.wait_for(lambda: len(world.raw_rows(cut)) >= 3)
@@ -107,7 +107,7 @@ def test_two_killed_ranks_resume_to_the_same_bytes(run_file, tmp_path):
         os.kill(pid, signal.SIGKILL)
     assert [world.wait_for_exit(pid) for pid in pids] == [-signal.SIGKILL] * 2
     assert 0 < checkpoint.list_steps(cut)[0] < 6
-    # As many processes as then, or none begins.
+    # A run with another number of processes than the checkpoint cannot resume.
     pid = world.fork_run(run_file, tmp_path / "alone.txt", f'runtime.output_dir="{cut}"', *SLOW)
     assert world.wait_for_exit(pid) == 1
     refused = (tmp_path / "alone.txt").read_text()
@@ -146,7 +146,7 @@ def test_an_error_on_one_rank_is_reported_once_and_ends_all_with_its_code(run_fi
     assert checkpoint.list_steps(run_dir) == [2]
 
 
-@pytest.mark.parametrize("victim", [with_delays(0), 1])
+@pytest.mark.parametrize("victim", [slow_case(0), 1])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(run_file, tmp_path, victim):
     run_dir = tmp_path / "run"
     pids = ranks.start_ranks(run_file, run_dir, *HALF, *SLOW)
@@ -172,7 +172,7 @@ def command(*words, **more):
 
 
 def two_ranks(run_file, run_dir):
-    """The command, two steps into its run of two ranks."""
+    """Start the command with two ranks and wait for two rows of metrics."""
     sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
     words = ["toolkit", "train", run_file, "--nproc-per-node", "2", "--output-dir", run_dir]
     process = command(*map(str, words), *sets)
@@ -196,7 +196,7 @@ def test_a_launcher_that_is_killed_leaves_a_checkpoint_and_no_rank(run_file, tmp
     run_dir = tmp_path / "run"
     process = two_ranks(run_file, run_dir)
     process.kill()
-    _, err = process.communicate(timeout=60)  # ends when the ranks have closed it as well
+    _, err = process.communicate(timeout=60)  # returns when the ranks have closed stderr too
     assert process.returncode == -signal.SIGKILL
     assert "stopped by SIGTERM; checkpoint-" in err
     assert checkpoint.find_faults(run_dir / f"checkpoint-{checkpoint.list_steps(run_dir)[0]}") == []
@@ -217,24 +217,29 @@ def test_torchrun_can_start_the_command(run_file, tmp_path):
 
 @pytest.mark.slow
 def test_a_launcher_on_each_of_two_nodes_starts_one_run(run_file, tmp_path):
-    """As the pods of containers/kubernetes/train-groups.yaml: one command for each node."""
+    """The pods of containers/kubernetes/train-groups.yaml start one command per node like this."""
     one, two = tmp_path / "one", tmp_path / "two"
     wait_for_success(ranks.start_ranks(run_file, one, *HALF, *SLOW), one)
     sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
     words = ["toolkit", "train", str(run_file), "--output-dir", str(two), *sets]
-    place = {"PET_NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    node_environment = {
+        "PET_NNODES": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     nodes = [
-        command(*words, "--nproc-per-node", "1", **place, PET_NODE_RANK=str(n)) for n in (0, 1)
+        command(*words, "--nproc-per-node", "1", **node_environment, PET_NODE_RANK=str(n))
+        for n in (0, 1)
     ]
-    told = [node.communicate(timeout=300) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], told
-    assert "2 processes" in told[0][0]
-    assert told[1][0] == ""
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "2 processes" in outputs[0][0]
+    assert outputs[1][0] == ""
     assert world.result_digests(one) == world.result_digests(two)
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("steps", [with_delays(1), with_delays(6)])
+@pytest.mark.parametrize("steps", [slow_case(1), slow_case(6)])
 def test_two_vllm_engines_train_as_one_engine_does(run_file, tmp_path, steps):
     pytest.importorskip("vllm")
     one, two = tmp_path / "one", tmp_path / "two"
@@ -245,12 +250,12 @@ def test_two_vllm_engines_train_as_one_engine_does(run_file, tmp_path, steps):
     logs = [(tmp_path / f"two-{n}.jsonl").read_text() for n in (0, 1)]
     assert logs[0] == logs[1]
     texts = {row["completion"] for row in world.read_rows(two, COMPLETIONS)}
-    assert len(texts) > 6  # two ranks, two draws
+    assert len(texts) > 6  # the two ranks sample different completions
     if steps == 1:
         return
-    place = f'runtime.output_dir="{one}"'
+    output_override = f'runtime.output_dir="{one}"'
     whole = "grpo.per_device_train_batch_size=12"
-    pid = world.fork_run(run_file, tmp_path / "one.txt", place, whole, *both)
+    pid = world.fork_run(run_file, tmp_path / "one.txt", output_override, whole, *both)
     assert world.wait_for_exit(pid) == 0, (tmp_path / "one.txt").read_text()
     rows = [[row["completion"] for row in world.read_rows(d, COMPLETIONS)] for d in (one, two)]
     assert rows[0] == rows[1]

@@ -1,4 +1,4 @@
-"""``toolkit demo`` as it is typed: from nothing to a model that adds better than it was taught."""
+"""``toolkit demo`` as a user calls it: GRPO improves the additions of a small model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_demo(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """(folder, process, exact match before, after) of the demo as it is typed."""
+    """(folder, completed process, exact match before, exact match after) of the demo."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
     return folder, *run_demo(folder)
 
@@ -58,10 +58,10 @@ def test_the_demo_learns_and_prints_the_paths_of_its_files(demo):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not vllm_available(), reason="needs vLLM")  # in a process of its own
+@pytest.mark.skipif(not vllm_available(), reason="needs vLLM")  # only the subprocess imports vLLM
 def test_the_demo_trains_on_vllm_as_on_transformers(demo, tmp_path):
-    """The same run file and seed on the engine: other draws, the same rise. The whole of it is
-    slow.
+    """The run file and the seed are the same. vLLM samples other completions, but the reward rises
+    equally. The run ends after 16 steps, because a whole run is slow.
     """
     folder = demo[0]
     steps = 16

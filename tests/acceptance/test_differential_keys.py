@@ -1,8 +1,8 @@
-"""What validate accepts, train runs: one grpo key at a time, over one step of a tiny model.
+"""``validate`` and ``train`` agree on the values of single grpo keys, for one step of a tiny model.
 
-A run ends with 0 and a row of metrics for its step, or is refused with 1 and the name of a key.
-What training refuses, validate refused first, or warned of: of a package that is not here, and of
-a metric that a reward of the user's own may log.
+If validate accepts a run, the run ends with exit code 0 and a row of metrics, or with exit code 1
+and the name of a key. If train refuses the key, validate must have warned about the key. There are
+such warnings for a missing package and for a metric that a user's own reward may log.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SAMPLE = 4
-# Decided by the machine: without --gpu, validate does not know whether there is a card.
-WITHOUT_A_CARD = re.compile(r"grpo\.(tf32|cache_implementation)\b.*there is no GPU")
+# These errors depend on the machine: without --gpu, validate does not know if there is a GPU.
+WITHOUT_A_GPU = re.compile(r"grpo\.(tf32|cache_implementation)\b.*there is no GPU")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def find_faults(world: Path, lines: list[str]) -> list[str]:
-    """What is wrong with the runs of ``lines``, each after validate has accepted it."""
+    """Run the lines that validate accepts, and return the faults of these runs."""
     accepted: list[tuple[str, set[str]]] = []
     for line in lines:
         outcome = validate(load_document(world / "run.yaml", overrides(line)))
@@ -58,14 +58,14 @@ def find_faults(world: Path, lines: list[str]) -> list[str]:
 
 
 def fault(end: FinishedCommand, warned: set[str]) -> str | None:
-    """What is wrong with how a run ended; ``warned`` are the keys of validate's warnings."""
+    """The fault of an ended run, or None. ``warned`` are the keys of validate's warnings."""
     if end.returncode == 0:
-        return None if any("loss" in row for row in end.rows()) else "ended well without a step"
+        return None if any("loss" in row for row in end.rows()) else "exit 0 without a loss"
     if end.returncode != 1 or "grpo." not in end.stderr:
         return f"exit {end.returncode}, {end.stderr}"
-    if any(key in end.stderr for key in warned) or WITHOUT_A_CARD.search(end.stderr):
+    if any(key in end.stderr for key in warned) or WITHOUT_A_GPU.search(end.stderr):
         return None
-    return f"validate was silent: {end.stderr}"
+    return f"validate did not warn about the key: {end.stderr}"
 
 
 def test_validate_and_train_agree_on_a_sample_of_keys(world: Path) -> None:

@@ -1,7 +1,8 @@
-"""What validate accepts, train runs: run files made from the schema, over one step of tiny models.
+"""``validate`` and ``train`` agree on run files made from the schema, for one step of tiny models.
 
-A run ends with 0 and a row of metrics, or with a code other than 70 and the name of a key. What the
-loader refuses, validate refused first: as it judges without a machine, or for one without a GPU.
+If validate accepts a run file, the run ends with exit code 0 and a row of metrics, or with the name
+of a key and an exit code other than 3 and 70. If train refuses a key, validate must have reported
+the key, either without facts about the machine or for a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from toolkit.config.validate import validate
 
 for beside in ("fixtures", "engine"):
     sys.path.append(str(Path(__file__).resolve().parents[1] / beside))
-from run_generator import GeneratedRun, all_keys, generate, make_models  # noqa: E402 - finds the two above
+from run_generator import GeneratedRun, all_keys, generate, make_models  # noqa: E402 - needs both folders in sys.path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +36,7 @@ CHUNK = 6
 LIMIT_S = 300
 PARTS = 16
 KEYS = (*all_keys(), "model.model_name", "runtime.engine")
-# The model's and the adapter's keys are also arguments of the drop-in API, under the bare name.
+# Keys of model and lora are arguments of the drop-in API too. Its errors omit the section.
 NAMES = [key.partition(".")[2] for key in KEYS if re.match("(model|lora).*_", key)]
 KEY = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in (*KEYS, *NAMES)))
 WITHOUT_A_GPU = Situation(device=DeviceFacts("no GPU", None))
@@ -46,15 +47,15 @@ def score(completions, answer, **kwargs):
 """
 
 EXCEPTIONS: dict[str, str] = {
-    "a prompt cannot be shortened to grpo.max_prompt_length": "how long a chat template is alone,"
-    " the tokenizer says, and validate has none: it imports nothing heavy",
-    "tokens, but the engine supports": "how many tokens a prompt has, the tokenizer says, and"
-    " validate has none: it imports nothing heavy",
-    "reward score took longer": "how long a reward takes shows when it is called",
+    "a prompt cannot be shortened to grpo.max_prompt_length": "only the tokenizer can count the"
+    " tokens of a chat template, and validate does not load the tokenizer",
+    "tokens, but the engine supports": "only the tokenizer can count the tokens of a prompt, and"
+    " validate does not load the tokenizer",
+    "reward score took longer": "validate does not call the reward function",
     "contains no weights": "a folder with config.json alone can be judged and sized, so validate"
     " accepts it; envcheck check refuses it",
 }
-"""Parts of what a run says, each with the reason why validate cannot say it first."""
+"""Parts of errors of train, each with the reason why validate does not report the error."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Case:
-    """A run file in a folder of its own, and what validate says of it."""
+    """A run file in its own folder, and the findings of validate for it."""
 
     def __init__(self, folder: Path, made: GeneratedRun, model: Path) -> None:
         self.made, self.folder = made, make_world(folder, model)
@@ -80,24 +81,24 @@ class Case:
         return {"folder": self.folder, "arguments": ["train", "run.yaml"], "limit_s": LIMIT_S}
 
     def fault(self, end: FinishedCommand) -> str | None:
-        """What is wrong with how the run ended."""
+        """The fault of the ended run, or None."""
         stderr_end = end.stderr.strip()[-900:]
         if end.returncode == 0:
-            return None if any("loss" in row for row in end.rows()) else "ended without a step"
+            return None if any("loss" in row for row in end.rows()) else "exit 0 without a loss"
         if end.returncode in (70, 3) or end.returncode < 0 or not KEY.search(end.stderr):
             return f"exit {end.returncode}: {stderr_end}"
         bare = {
             key.partition(".")[2] for key in self.reported_keys if re.match("(model|lora).*_", key)
         }
-        if any(told in end.stderr for told in (*self.reported_keys, *bare, *EXCEPTIONS)):
+        if any(text in end.stderr for text in (*self.reported_keys, *bare, *EXCEPTIONS)):
             return None
-        return f"exit {end.returncode}, and validate was silent: {stderr_end}"
+        return f"exit {end.returncode}, but validate did not report the key: {stderr_end}"
 
 
 def find_faults(
     root: Path, models: dict[str, Path], made: list[GeneratedRun], lanes: int = 1
 ) -> list[str]:
-    """What is wrong with the runs that validate accepts."""
+    """Run the run files that validate accepts, and return the faults of these runs."""
     cases = [Case(root / str(i), one, models[one.model]) for i, one in enumerate(made)]
     accepted = [case for case in cases if case.accepted]
     return sorted(
@@ -108,7 +109,7 @@ def find_faults(
 
 
 def _run_cases(cases: list[Case], lanes: int) -> Iterator[tuple[Case, FinishedCommand]]:
-    """The commands, run by as many servers as there are lanes; vLLM has servers of its own."""
+    """Run the commands with one command server per lane. Runs with vLLM have other servers."""
     for engine in (True, False):
         wanted = [case for case in cases if _uses_vllm(case.made) is engine]
         chunks: SimpleQueue[list[Case]] = SimpleQueue()

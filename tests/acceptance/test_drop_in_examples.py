@@ -1,9 +1,9 @@
-"""The drop-in API's usage examples, as users write them, on a local checkpoint and without an
-engine.
+"""The usage examples of the drop-in API, as users write them, with a local checkpoint and without
+an engine.
 
-Each runs as a program of its own, as a user would run it: only the checkpoint's name is ours, and
-``fast_inference=False``. Without a GPU ``load_in_4bit=True`` is refused; the text says what to
-pass.
+Each example runs as a separate program, as a user would run it. Only the checkpoint's name and
+``fast_inference=False`` come from the test. Without a GPU, ``load_in_4bit=True`` is an error, which
+says what to pass instead.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def test_the_first_example_trains(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_second_example_with_a_lower_rank(folder: Path, tmp_path: Path) -> None:
-    """On a machine without vLLM, too."""
+    """The example also runs on a machine without vLLM."""
     values = {"folder": str(folder), "bits": False, "fast": False, "share": 0.6}
     result = _run(HIDE_VLLM + LOAD + SECOND + END, tmp_path, **values)
     assert result.returncode == 0, result.stderr
@@ -108,7 +108,7 @@ def test_the_second_example_with_a_lower_rank(folder: Path, tmp_path: Path) -> N
     assert "because there is no engine: gpu_memory_utilization" in result.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error needs a machine without a GPU")
 def test_4_bit_loading_without_a_gpu_is_an_error(folder: Path, tmp_path: Path) -> None:
     values = {"folder": str(folder), "bits": True, "fast": False, "share": 0.5}
     result = _run(LOAD + FIRST + END, tmp_path, **values)

@@ -1,4 +1,4 @@
-"""Dynamic sampling and the curriculum from a run file: logs, report, kills, several ranks."""
+"""Dynamic sampling and the curriculum: logs, report, resume after SIGKILL, several ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMPLETIONS = "completions.jsonl"
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    import toolkit.train.run  # noqa: F401 - before the forks
+    import toolkit.train.run  # noqa: F401 - imported before the forks
 
     made = world.make_run_files(tmp_path_factory.mktemp("w"), steps=6)
     (made.parent / "hard_rewards.py").write_text(REWARDS)
@@ -55,7 +55,7 @@ def train(run_file, run_dir, *overrides):
 
 
 def check_counts(run_dir, batch=8):
-    """Rows of metrics and completions agree on what was drawn and what was trained on."""
+    """Check that metrics and completions agree on the sampled and the trained completions."""
     metrics, completions = world.read_rows(run_dir), world.read_rows(run_dir, COMPLETIONS)
     for row in (row for row in metrics if "dynamic_sampling/rounds" in row):
         mine = [one for one in completions if one["step"] == row["step"]]
@@ -115,7 +115,7 @@ def test_two_ranks_sample_as_one_does_and_resume_to_the_same_bytes(run_file, tmp
     train(run_file, one, *BOTH)
     wait_for_success(ranks.start_ranks(run_file, two, *HALF, *SLOW), two)
     logs = [(tmp_path / f"two-{n}.jsonl").read_text() for n in (0, 1)]
-    assert logs[0] == logs[1]  # metrics and adapter, on both
+    assert logs[0] == logs[1]  # both ranks have the same metrics and adapter
     check_counts(two)
     texts = [
         [(row["step"], row["prompt"], row["completion"], row["extra"]) for row in drawn]
@@ -143,7 +143,9 @@ def wait_for_success(pids, run_dir):
 
 @pytest.mark.slow
 def test_three_ranks_with_groups_on_two_of_them_agree(run_file, tmp_path):
-    """12 completions are 3 groups: a whole one on each of 3 ranks, one cut in two on 2 ranks."""
+    """12 completions are 3 groups. Each of 3 ranks has one whole group. With 2 ranks, one group is
+    divided between both ranks.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     train(run_file, one, *BOTH, "grpo.per_device_train_batch_size=12")
     check_counts(one, batch=12)
@@ -154,7 +156,7 @@ def test_three_ranks_with_groups_on_two_of_them_agree(run_file, tmp_path):
     wait_for_success(ranks.start_ranks(run_file, three, *BOTH, *HALF, size=3), three)
     for run_dir in (two, three):
         check_counts(run_dir, batch=12)
-        # A round of 3 ranks has a multiple of 3 groups, so it may draw more prompts than one needs.
+        # 3 ranks sample a multiple of 3 groups in a round, which may be more than one rank samples.
         rows = [world.read_rows(d, COMPLETIONS) for d in (one, run_dir)]
         first = [[(r["prompt"], r["completion"]) for r in found[:12]] for found in rows]
         kept = [pair for pair, r in zip(first[0], rows[0], strict=False)

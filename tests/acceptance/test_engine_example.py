@@ -1,4 +1,4 @@
-"""The drop-in API's first usage example, as users write it, with the engine on the model."""
+"""The first usage example of the drop-in API, as users write it, with the vLLM engine."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""``toolkit train`` with ``runtime.engine: vllm``: what a run file can ask of it, and bad input on
-it. Faults are planted by the user's own reward file, which a run imports.
+"""``toolkit train`` with ``runtime.engine: vllm``: engine options of a run file, faults, bad input.
+
+To cause a fault, the user's reward module, which the run imports, replaces a function of vLLM.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ LOST = "RuntimeError('CUDA error: uncorrectable ECC error encountered')"
 
 @dataclass(frozen=True)
 class Case:
-    """The command ends with ``code`` and says each of ``says``."""
+    """``spoil`` changes files. The command must end with ``code`` and print ``messages``."""
 
     code: int
-    says: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     spoil: Callable[[Path], Any] = lambda folder: None
 
@@ -64,14 +65,14 @@ def fault(when: str, error: str) -> Callable[[Path], Any]:
     def spoil(folder: Path) -> None:
         (folder / "mine.py").write_text(FAULT.format(when=when, error=error))
         run = json.loads((folder / "run.yaml").read_text())
-        run["reward"]["isolate"] = False  # it breaks the engine, which is in the run's own process
+        run["reward"]["isolate"] = False  # the module patches the engine, in the run's process
         (folder / "run.yaml").write_text(json.dumps(run))
 
     return spoil
 
 
 def copy_model(folder: Path) -> Path:
-    """The world's model, as a copy that may be spoiled."""
+    """Replace the link to the shared model by a copy, which a test may change."""
     shared = (folder / "model").resolve()
     (folder / "model").unlink()
     shutil.copytree(shared, folder / "model")
@@ -197,8 +198,8 @@ def slow_results(
 
 def check(case: Case, shown: FinishedCommand) -> None:
     assert shown.returncode == case.code, shown.stdout + shown.stderr
-    for words in case.says:
-        assert words in shown.stderr, shown.stderr
+    for message in case.messages:
+        assert message in shown.stderr, shown.stderr
     assert "Traceback" not in shown.stdout + shown.stderr
     assert "internal error" not in shown.stderr
     if case.code:
@@ -206,7 +207,7 @@ def check(case: Case, shown: FinishedCommand) -> None:
 
 
 def check_stopped(ended: FinishedCommand) -> None:
-    """Two steps were done, and are whole."""
+    """Check that the run completed two steps and that their checkpoint is intact."""
     assert [row["step"] for row in ended.rows()] == [1, 2]
     assert checkpoint.find_faults(ended.folder / "out" / "checkpoint-2") == []
     assert not (ended.folder / "out" / "checkpoint-3").exists()
@@ -221,7 +222,7 @@ def test_a_run_on_the_engine(quick_results: dict[str, FinishedCommand], name: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
-def test_a_run_whose_engine_fails_at_start_or_stop(
+def test_a_run_whose_engine_fails_at_the_start_or_in_a_step(
     slow_results: dict[str, FinishedCommand], name: str
 ) -> None:
     check(SLOW[name], slow_results[name])
@@ -246,7 +247,7 @@ def test_the_logs_of_a_run_with_engine_options(quick_results: dict[str, Finished
 
 @pytest.mark.slow
 def test_a_run_file_gives_the_same_run_in_every_process(model: Path, tmp_path: Path) -> None:
-    """Two starts of the command, with other hashes of strings and other threads' luck."""
+    """The command runs in two processes, with different string hashes and thread timing."""
     digests = []
     for name in ("1", "2"):
         folder = make_world(tmp_path / name, model, grpo=SHORT, runtime=ENGINE)

@@ -1,4 +1,4 @@
-"""A whole run whose prompts and scores come from reasoning-gym; stopped and resumed as any run."""
+"""Runs whose prompts and rewards come from an environment (reasoning-gym, verifiers, OpenEnv)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def test_a_run_in_an_environment(tmp_path: Path) -> None:
 
 
 def test_a_run_on_the_tasks_of_verifiers(tmp_path: Path) -> None:
-    """The taskset is beside the run file. Its tasks, their rewards, and the tasks after those."""
+    """The taskset is a module next to the run file. The run trains on its first 8 tasks and
+    evaluates on the next 2.
+    """
     pytest.importorskip("verifiers.v1")
     taskset = Path(__file__).parents[1] / "unit" / "train" / "environments" / "sums_taskset.py"
     folder = make_world(
@@ -77,7 +79,9 @@ def test_a_run_on_the_tasks_of_verifiers(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_an_error_before_the_start(tmp_path: Path) -> None:
-    """By check and by train, with the line that installs it; ENV005 is validate's finding."""
+    """``check`` and ``train`` print the command that installs the package. In validate, a missing
+    package is finding ENV005.
+    """
     from spoiled_world import ENVCHECK
 
     folder = make_world(tmp_path / "world", make_model(tmp_path))
@@ -103,7 +107,7 @@ def test_a_missing_package_is_an_error_before_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("adapter", "task", "said"),
+    ("adapter", "task", "message"),
     [
         ("verifiers", "no-such-taskset", "environment.task: verifiers has no taskset no-such-"),
         ("verifiers", "mine", "mine.py does not define __all__"),
@@ -112,9 +116,9 @@ def test_a_missing_package_is_an_error_before_the_start(tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_task_is_an_error_before_the_model_is_loaded(
-    tmp_path: Path, adapter: str, task: str, said: str
+    tmp_path: Path, adapter: str, task: str, message: str
 ) -> None:
-    """A tensor has another name, so that a run with a good task fails where the model is loaded."""
+    """A tensor of the model is renamed, so a run with a valid task fails when the model loads."""
     pytest.importorskip(adapter)
     model = make_model(tmp_path)
     folder = make_world(tmp_path / "world", model)
@@ -127,7 +131,7 @@ def test_a_missing_task_is_an_error_before_the_model_is_loaded(
     for weights in model.glob("*.safetensors"):
         weights.write_bytes(weights.read_bytes().replace(b"model.norm.", b"model.nrom."))
     (ended,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])
-    assert said in ended.stderr
+    assert message in ended.stderr
     good = task == "leg_counting"
     assert ended.returncode == (2 if good else 1), ended.stderr
     assert ("environment.task" in ended.stderr) is not good

@@ -1,4 +1,4 @@
-"""The examples: run files validate without an error, and what needs no card runs as written."""
+"""The examples: run files validate without an error, and examples that need no GPU run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 RUN_FILES = sorted(EXAMPLES.rglob("run.yaml"))
 sys.path.insert(0, str(ROOT / "tests" / "fixtures"))
-from tiny_llama import make_tiny  # noqa: E402 - beside the fixtures
+from tiny_llama import make_tiny  # noqa: E402 - in tests/fixtures
 
 SMALL = ("grpo.max_steps=1", "grpo.per_device_train_batch_size=8", "grpo.max_completion_length=8")
 
 
 def command(*words: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """One command as a user types it, without the network."""
+    """Run one command as a user types it, without network access to the Hugging Face Hub."""
     known = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **environ}
     program = {"python": sys.executable}.get(words[0], Path(sys.executable).with_name(words[0]))
     return subprocess.run(
@@ -31,7 +31,7 @@ def command(*words: str, cwd: Path, **environ: str) -> subprocess.CompletedProce
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """All examples in a folder of their own, with the data that their scripts make."""
+    """A copy of all examples, with the dataset that make_data.py writes."""
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     made = command("python", "make_data.py", cwd=tmp_path / "examples" / "math-word-problems")
     assert (made.returncode, made.stderr) == (0, "")
@@ -67,8 +67,8 @@ def test_every_folder_has_a_short_readme() -> None:
 
 
 def test_the_container_example_names_existing_files(copy: Path) -> None:
-    """The Slurm script is there, is valid, and reads the variables of the example; the command in
-    the container takes the run file of the other example.
+    """The Slurm script exists, is valid bash, and reads the variables of the example. The command
+    in the container uses the run file of math-word-problems.
     """
     folder = EXAMPLES / "container-and-slurm"
     text = (folder / "README.md").read_text(encoding="utf-8")
@@ -88,7 +88,7 @@ def test_the_container_example_names_existing_files(copy: Path) -> None:
 
 
 def test_the_several_gpus_example_gives_each_gpu_64_completions(copy: Path, tmp_path: Path) -> None:
-    """What its README says, sized for the model that it names."""
+    """``envcheck size`` chooses the number of completions that the README of the example states."""
     shapes = json.loads((ROOT / "tests/fixtures/sizing/shapes.json").read_text(encoding="utf-8"))
     shape = next(one for one in shapes if one["id"] == "Qwen/Qwen2.5-1.5B-Instruct")
     (tmp_path / "config.json").write_text(json.dumps(shape["config"]))
@@ -105,7 +105,7 @@ def test_the_several_gpus_example_gives_each_gpu_64_completions(copy: Path, tmp_
 
 
 @pytest.mark.slow
-def test_the_own_reward_trains_on_a_small_model(copy: Path, tmp_path: Path) -> None:
+def test_the_own_reward_example_trains_a_small_model(copy: Path, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model")
     changes = (f"model.model_name={model}", "runtime.engine=transformers", *SMALL)
     sets = [word for change in changes for word in ("--set", change)]
@@ -117,7 +117,7 @@ def test_the_own_reward_trains_on_a_small_model(copy: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_script_trains_and_samples(copy: Path, tmp_path: Path) -> None:
+def test_the_drop_in_script_example_trains_and_samples(copy: Path, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model")
     result = command(
         "python", "train.py", str(model), "--steps", "1", "--no-engine", cwd=copy / "drop-in-script"
@@ -128,8 +128,8 @@ def test_the_script_trains_and_samples(copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_tools_train_on_a_small_model(copy: Path, tmp_path: Path) -> None:
-    """The small model calls a tool with whatever it says, so each call is answered as wrong."""
+def test_the_tools_example_trains_a_small_model(copy: Path, tmp_path: Path) -> None:
+    """Any text of the small model is a tool call with wrong arguments, so each call fails."""
     from tiny_llama import make_tokenizer
 
     model, tokenizer = make_tiny(tmp_path / "model"), make_tokenizer()

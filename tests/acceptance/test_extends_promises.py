@@ -1,4 +1,6 @@
-"""``extends`` shows nothing of files that are no run files, and integers of any length are told."""
+"""``extends`` shows no content of files that are not run files. An integer that does not fit into
+64 bits is an error, whatever its length.
+"""
 
 from __future__ import annotations
 
@@ -28,22 +30,24 @@ def validate_output(run_file: Path, form: str = "text", **more: str) -> tuple[in
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("way", ["outside", "link", "inside", "yaml inside", "mapping inside"])
-def test_no_line_of_a_file_outside_the_folder_is_shown(tmp_path: Path, way: str, form: str) -> None:
+@pytest.mark.parametrize("location", ["outside", "link", "inside", "yaml inside", "mapping inside"])
+def test_no_line_of_a_file_outside_the_folder_is_shown(
+    tmp_path: Path, location: str, form: str
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    content = "password: S3CR3T\n" if way == "mapping inside" else SECRET
-    name = {"outside": "../shadow", "link": "base.yaml", "inside": "shadow"}.get(way, "s.yaml")
-    place = tmp_path / "shadow" if way in ("outside", "link") else folder / name
-    place.write_text(content)
-    if way == "link":
-        (folder / name).symlink_to(place)
+    content = "password: S3CR3T\n" if location == "mapping inside" else SECRET
+    name = {"outside": "../shadow", "link": "base.yaml", "inside": "shadow"}.get(location, "s.yaml")
+    target = tmp_path / "shadow" if location in ("outside", "link") else folder / name
+    target.write_text(content)
+    if location == "link":
+        (folder / name).symlink_to(target)
     run_file = folder / "run.yaml"
     run_file.write_text(f"extends: {name}\n{VALID_RUN_FILE}")
     code, text = validate_output(run_file, form)
     assert code == 1
     assert "S3CR3T" not in text
-    rule = "DOC016" if way in ("outside", "link") else "DOC017"
+    rule = "DOC016" if location in ("outside", "link") else "DOC017"
     assert rule in text
 
 

@@ -1,8 +1,8 @@
-"""Faults inside a run of ``toolkit train``: memory that runs out, numbers that are none, rewards
-that hang or talk nonsense. Each has its exit code, its words, and what it leaves.
+"""Faults during a run of ``toolkit train``: out of memory, NaN losses, and reward functions that
+hang or return invalid values. The tests check the exit code, the message and the remaining files.
 
-The faults are put in by the run's own reward module, which the run file allows: it is imported once
-everything else is, and stands for a card that is too small or a step that blows up.
+The run's reward module, which the run file allows, causes the fault. It is imported after all other
+modules, so it can replace functions to simulate a GPU that is too small or a NaN loss.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ CASES: dict[str, str] = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedCommand]:
-    """Every case, run."""
+    """The results of all cases."""
     root = tmp_path_factory.mktemp("faults")
     model, cases = make_model(root), []
     for name, module in CASES.items():
@@ -104,7 +104,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedComma
             root / name.replace(" ", "-"),
             model,
             grpo={"max_steps": 4, "save_steps": 1, "learning_rate": 1e-2},
-            # What breaks the trainer must be in its process.
+            # A module that patches the trainer must be imported in the trainer's process.
             reward={"timeout_s": 1.0, "isolate": not module.startswith(SCORE)},
         )
         (folder / "mine.py").write_text(module)
@@ -127,7 +127,7 @@ def adapter(folder: Path) -> dict[str, Any]:
 
 
 def check_refused(run: FinishedCommand, *words: str) -> None:
-    """One block on stderr with exit code 1; the checkpoints before stay."""
+    """Check that the run ended with exit code 1 and one error message, which has a fix."""
     assert run.returncode == 1, run.stderr
     assert "Traceback" not in run.stdout + run.stderr
     assert sum(line.startswith("error: ") for line in run.stderr.splitlines()) == 1
@@ -147,7 +147,7 @@ def test_out_of_memory_in_a_step_loses_no_step(results) -> None:
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
     expected = adapter(whole.folder)
     for name, value in adapter(run.folder).items():
-        assert value == pytest.approx(expected[name], abs=2e-4), name  # rounding, through Adam
+        assert value == pytest.approx(expected[name], abs=2e-4), name  # Adam amplifies rounding
 
 
 def test_memory_that_is_too_small_for_a_sequence_is_an_error(results) -> None:
@@ -160,7 +160,7 @@ def test_out_of_memory_in_a_rollout_loses_no_completion(results) -> None:
     run = results["small card in the rollout"]
     assert run.returncode == 0, run.stderr
     messages = [line.partition(" (")[0] for line in run.stderr.splitlines()]
-    assert messages == [  # once, and not in each step
+    assert messages == [  # one warning per reduction, not per step
         "warning: rollout: out of memory with 4 sequences. From now on at most 2 run at a time",
         "warning: rollout: out of memory with 2 sequences. From now on at most 1 run at a time",
     ]

@@ -1,4 +1,4 @@
-"""Files of a model and of data are cut short, written over or removed while a run uses them."""
+"""Files of the model and dataset are truncated, overwritten or removed while a run uses them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHANGES = {
     scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.engine)]
 )
 def undisturbed(request, tmp_path_factory):
-    import toolkit.train.run  # noqa: F401 - before the forks
+    import toolkit.train.run  # noqa: F401 - imported before the forks
 
     if request.param == "vllm":
         pytest.importorskip("vllm")

@@ -1,4 +1,4 @@
-"""Pipes, devices, circles of links and oversized files: every command refuses them, at once."""
+"""Every command refuses pipes, devices, loops of symbolic links and oversized files immediately."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {
 
 
 def make_special_file(path: Path, kind: str) -> Path:
-    """Something at ``path`` that no reader would come to the end of."""
+    """Make a file at ``path`` that cannot be read to its end."""
     path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
@@ -31,7 +31,7 @@ def make_special_file(path: Path, kind: str) -> Path:
 
 
 def make_run_file(folder: Path) -> Path:
-    """A run file over a model's folder and a dataset of its own."""
+    """Make a run file with its own model folder and dataset."""
     (folder / "model").mkdir()
     for file in (PARTS / "model").iterdir():
         (folder / "model" / file.name).write_bytes(file.read_bytes())
@@ -42,7 +42,7 @@ def make_run_file(folder: Path) -> Path:
 
 
 def run_all_commands(run_file: Path) -> list[subprocess.CompletedProcess[str]]:
-    """Each command that reads a run file, with the seconds bounded."""
+    """Run each command that reads a run file. ``toolkit train`` must end within 30 seconds."""
     results = [
         envcheck("validate", run_file),
         envcheck("check", "--config", run_file),
@@ -81,7 +81,7 @@ def test_a_special_file_as_the_data_is_an_error(tmp_path: Path, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "huge"])
-def test_special_files_as_the_weights_are_errors(tmp_path: Path, kind: str) -> None:
+def test_special_files_as_the_weights_cause_no_traceback(tmp_path: Path, kind: str) -> None:
     run_file = make_run_file(tmp_path)
     (tmp_path / "model" / "model.safetensors.index.json").unlink()
     path = tmp_path / "model" / "model.safetensors"

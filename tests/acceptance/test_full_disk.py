@@ -1,4 +1,4 @@
-"""A run folder on a file system that fills up, is read-only, or under a limit of the file size."""
+"""Runs whose output folder is on a full or read-only file system, or with a file size limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    import toolkit.train.run  # noqa: F401 - before the forks
+    import toolkit.train.run  # noqa: F401 - imported before the forks
 
     run_file = world.make_run_files(tmp_path_factory.mktemp("w"), steps=6)
     assert (
@@ -30,32 +30,34 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def mount_small(tmp_path):
-    """A function that mounts a file system of some size, or with other options, at its path."""
-    place = tmp_path / "small"
-    place.mkdir()
+    """A function that mounts a tmpfs with the given options and returns its mount point."""
+    mount_point = tmp_path / "small"
+    mount_point.mkdir()
 
     def mount(options):
-        how = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        how = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(mount_point)]
         if subprocess.run(how, capture_output=True, check=False).returncode:
             pytest.skip("this user may not mount a file system")
-        return place
+        return mount_point
 
     yield mount
-    subprocess.run(["umount", "-l", str(place)], capture_output=True, check=False)
+    subprocess.run(["umount", "-l", str(mount_point)], capture_output=True, check=False)
 
 
 def run_forked(run_file, run_dir, out, before=None):
-    place = f'runtime.output_dir="{run_dir}"'
-    code = world.wait_for_exit(world.fork_run(run_file, out, place, before=before, evaluate=True))
+    output_override = f'runtime.output_dir="{run_dir}"'
+    code = world.wait_for_exit(
+        world.fork_run(run_file, out, output_override, before=before, evaluate=True)
+    )
     return code, out.read_text()
 
 
-def error_lines(said):
-    return sum(line.startswith("error: ") for line in said.splitlines())
+def error_lines(output):
+    return sum(line.startswith("error: ") for line in output.splitlines())
 
 
 def check_checkpoints(run_dir):
-    """Nothing half written under a name that is read."""
+    """Check that all checkpoints are intact and that no partly written file remains."""
     assert list(run_dir.glob(".checkpoint-*")) == []
     assert all(checkpoint.find_faults(one) == [] for one in run_dir.glob("checkpoint-*"))
     assert not [one for one in run_dir.glob(".*.[0-9]*") if one.is_file()]
@@ -74,9 +76,9 @@ def test_a_file_system_that_is_too_small_is_an_error_before_the_run(
 
 @pytest.mark.parametrize("kib", [0, 4, 8, 16, 32, 64, 128, 256])
 def test_a_full_file_system_keeps_the_last_checkpoint(undisturbed, mount_small, tmp_path, kib):
-    """At step 3 no more than so much is left."""
+    """At step 3, the file system is resized so that only ``kib`` KiB are free."""
     run_file, expected = undisturbed
-    run_dir = mount_small("size=64g") / "run"  # of which only what is written is taken
+    run_dir = mount_small("size=64g") / "run"  # a tmpfs allocates memory only for written data
 
     def resize(size_bytes):
         how = ["mount", "-o", f"remount,size={size_bytes}", str(run_dir.parent)]
@@ -111,7 +113,7 @@ def test_a_read_only_file_system_is_an_error(undisturbed, mount_small, tmp_path)
 
 @pytest.mark.parametrize("limit", [2000, 20_000])
 def test_a_file_size_limit_keeps_the_last_checkpoint(undisturbed, tmp_path, limit):
-    """``ulimit -f``, from step 3 on."""
+    """The process has a file size limit (``ulimit -f``) from step 3 on."""
     run_file, expected = undisturbed
     run_dir = tmp_path / "run"
 

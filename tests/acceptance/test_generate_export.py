@@ -1,7 +1,7 @@
 """``toolkit generate`` and ``toolkit export`` on a run folder.
 
-The main uses go through the installed command, a process each; the rest through its entry point in
-this process, which spares the seconds that importing torch takes.
+The main uses run the installed command in a subprocess. The other tests call its entry point in
+this process, which saves the seconds that importing torch takes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOOLKIT = Path(sys.executable).parent / "toolkit"
 
 
 class CommandInProcess:
-    """Calls the command's entry point here: ``inside("generate", ...)`` is like ``call``."""
+    """Calls the entry point of the command in this process, with the arguments of ``call``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self.monkeypatch, self.capfd = monkeypatch, capfd
@@ -64,9 +64,10 @@ def call(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint ``model`` and a run folder ``run`` with a finished adapter and a checkpoint.
+    """A folder with a model in ``model``, and a run folder ``run`` with a finished adapter and
+    checkpoint-7.
 
-    The checkpoint's adapter is another one than the finished one, so that they can be told apart.
+    The checkpoint's adapter differs from the finished adapter, so tests can distinguish them.
     """
     sys.path.append(str(ROOT / "tests" / "fixtures"))
     import torch
@@ -113,7 +114,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def greedy(folder: Path, text: str = "12+3=", adapter: Path | None = None) -> str:
-    """What plain transformers and PEFT answer, 12 tokens."""
+    """The greedy answer of plain transformers, and of PEFT with ``adapter``: 12 tokens."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -210,10 +211,10 @@ def test_export_from_a_checkpoint_of_an_unfinished_run(
     result = run_in_process("export", tmp_path / "run", "--to", tmp_path / "merged", "--merge")
     assert result.returncode == 0, result.stderr
     assert "checkpoint-7" in result.stdout
-    by_hand = run_in_process(
+    from_checkpoint = run_in_process(
         "generate", world / "run", "12+3=", "--max-tokens", 12, "--checkpoint", 7
     )
-    assert greedy(tmp_path / "merged") + "\n" == by_hand.stdout
+    assert greedy(tmp_path / "merged") + "\n" == from_checkpoint.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Several ranks of which one is killed, stopped, or writes to a disk that is full."""
+"""Runs of two ranks. One rank is stopped by SIGSTOP, runs out of memory, or cannot write a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HALF = "grpo.per_device_train_batch_size=4"
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    import toolkit.train.run  # noqa: F401 - before the forks
+    import toolkit.train.run  # noqa: F401 - imported before the forks
 
     made = world.make_run_files(tmp_path_factory.mktemp("w"), steps=6)
     (made.parent / "my_rewards.py").write_text(ranks.SLOW_REWARDS)
@@ -44,7 +44,7 @@ def resume_and_digest(run_file, run_dir):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_stopped_ends_the_others_in_time(run_file, expected, tmp_path, victim):
-    """SIGSTOP, as a debugger or a frozen node does: the collective times out."""
+    """SIGSTOP simulates a debugger or a frozen node. The collective of the other rank times out."""
     run_dir = tmp_path / "run"
     pids = ranks.start_ranks(run_file, run_dir, HALF, "grpo.ddp_timeout=5")
     world.wait_for(lambda: len(world.raw_rows(run_dir)) >= 3)
@@ -90,7 +90,7 @@ def test_ranks_do_not_wait_for_a_rank_that_is_stopped_before_the_first_step(
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_replica_that_runs_out_of_memory_is_reported_once(run_file, expected, tmp_path, victim):
-    """The others wait for it in a collective, so the step is not repeated, and nothing is lost."""
+    """The other rank waits in a collective, so the step is not repeated. The run can be resumed."""
     run_dir = tmp_path / "run"
 
     def before(number):
@@ -124,7 +124,7 @@ def test_a_replica_that_runs_out_of_memory_is_reported_once(run_file, expected, 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_whose_disk_is_full_is_reported_once(run_file, expected, tmp_path, victim):
-    """The files of one rank in checkpoint-4 may not have more than a few bytes."""
+    """A file size limit of 100 bytes prevents one rank from writing its files of checkpoint-4."""
     run_dir = tmp_path / "run"
 
     def before(number):
