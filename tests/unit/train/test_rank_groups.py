@@ -1,5 +1,5 @@
-"""Processes that share a model: the checks before an engine starts, and what a checkpoint records
-about the processes.
+"""Processes that share a model: the checks before an engine starts, and the facts about the
+processes that a checkpoint records.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def set_launcher_variables(monkeypatch: pytest.MonkeyPatch, world: int, here: int) -> None:
-    for name, value in (("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", here), ("RANK", 0)):
+def set_launcher_variables(monkeypatch: pytest.MonkeyPatch, world: int, local_world: int) -> None:
+    for name, value in (("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", local_world), ("RANK", 0)):
         monkeypatch.setenv(name, str(value))
 
 
@@ -67,7 +67,7 @@ def test_a_group_needs_gpus_of_one_kind() -> None:
         process_facts("H100"),
         process_facts("H100"),
     ]
-    check_same_environment(2, facts_by_process)  # replicas may differ
+    check_same_environment(2, facts_by_process)  # different replicas may use different GPUs
     with pytest.raises(ConfigError, match="cards of different kinds") as refused:
         check_same_environment(4, facts_by_process)
     assert "process 1: A100, process 2: H100" in refused.value.message
@@ -75,7 +75,7 @@ def test_a_group_needs_gpus_of_one_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "size", "said", "fix"),
+    ("recorded_replicas", "current_replicas", "size", "message", "fix"),
     [
         (2, 1, 1, "written by 2 processes, but this run has 1", "--nproc-per-node 2"),
         (1, 2, 1, "written by 1 process, but this run has 2", "--nproc-per-node 1"),
@@ -83,13 +83,13 @@ def test_a_group_needs_gpus_of_one_kind() -> None:
     ],
 )
 def test_a_checkpoint_of_another_number_of_replicas_is_refused(
-    tmp_path: Path, then: int, now: int, size: int, said: str, fix: str
+    tmp_path: Path, recorded_replicas: int, current_replicas: int, size: int, message: str, fix: str
 ) -> None:
-    (tmp_path / checkpoint.STATE_FILE).write_text(json.dumps({"world_size": then}))
-    with pytest.raises(ConfigError, match=said) as refused:
-        checkpoint.check_world_size(tmp_path, now, size)
+    (tmp_path / checkpoint.STATE_FILE).write_text(json.dumps({"world_size": recorded_replicas}))
+    with pytest.raises(ConfigError, match=message) as refused:
+        checkpoint.check_world_size(tmp_path, current_replicas, size)
     assert fix in str(refused.value.fix)
-    checkpoint.check_world_size(tmp_path, then, size)
+    checkpoint.check_world_size(tmp_path, recorded_replicas, size)
 
 
 def test_a_checkpoint_records_the_tensor_parallel_size(tmp_path: Path) -> None:
@@ -107,18 +107,19 @@ def test_a_single_process_has_whole_tensors() -> None:
     assert full_shape(tensor) == (2, 3)
 
 
-@pytest.mark.parametrize("most", [0.5, 100.0])
-def test_the_gradient_norm_equals_that_of_torch(most: float) -> None:
+@pytest.mark.parametrize("max_norm", [0.5, 100.0])
+def test_the_gradient_norm_equals_that_of_torch(max_norm: float) -> None:
     tensors = [torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(3)]
     copies = [torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(3)]
-    for tensor, copied in zip(tensors[:2], copies[:2], strict=True):  # the last has no gradient
+    # The last tensor has no gradient.
+    for tensor, copied in zip(tensors[:2], copies[:2], strict=True):
         tensor.grad = torch.randn(3, 2)
         copied.grad = tensor.grad.clone()
     clipped_norm, torch_norm = (
-        clip_split_grad_norm(tensors, most),
-        torch.nn.utils.clip_grad_norm_(copies, most),
+        clip_split_grad_norm(tensors, max_norm),
+        torch.nn.utils.clip_grad_norm_(copies, max_norm),
     )
     assert torch.allclose(clipped_norm, torch_norm)
     for tensor, copied in zip(tensors[:2], copies[:2], strict=True):
         assert torch.allclose(tensor.grad, copied.grad)
-    assert clip_split_grad_norm(tensors[2:], most) == 0
+    assert clip_split_grad_norm(tensors[2:], max_norm) == 0

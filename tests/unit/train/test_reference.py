@@ -1,5 +1,6 @@
-"""The reference of the KL term is the policy that the run started from: an adapter that was there
-is copied, and the base is the reference of a fresh one.
+"""The reference of the KL term is the policy at the start of the run. If the run starts from a
+trained adapter, the reference is a copy of this adapter. If the adapter is new, the reference is
+the base model.
 """
 
 from __future__ import annotations

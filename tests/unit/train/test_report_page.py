@@ -1,4 +1,6 @@
-"""report.html: self-contained, whole for every state of a run, and no page of its model's."""
+"""report.html is self-contained, and complete for every state of a run. Text of the model adds no
+markup to the page.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,7 @@ def test_the_curves_need_no_script(finished: Path) -> None:
     assert len(re.findall(r'<path class="line t1" d="M[\d.]', without)) >= 10
 
 
-def test_points_for_the_script_are_the_curve(finished: Path) -> None:
+def test_the_points_for_the_script_are_those_of_the_curve(finished: Path) -> None:
     _, parsed = render_report(finished)
     points = [json.loads(v or "") for name, v in parsed.attributes if name == "data-points"]
     assert len(points) >= 10
@@ -114,7 +116,7 @@ def _add_hostile_text(folder: Path) -> None:
 
 
 def _with_hostile_text(value: Any) -> Any:
-    """Every text of a document, keys too, with hostile text behind it."""
+    """Append hostile text to each string of a document, and add a hostile key to each mapping."""
     if isinstance(value, dict):
         return {key: _with_hostile_text(item) for key, item in value.items()} | {HOSTILE: HOSTILE}
     if isinstance(value, list):
@@ -136,9 +138,9 @@ def test_hostile_output_stays_text(tmp_path: Path) -> None:
 
 def test_equal_completions_are_shown_once_and_the_worst_last(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 2)
-    said = [("best", 1.0), ("same", 0.5), ("same", 0.5), ("b", 0.4), ("c", 0.3), ("worst", -1.0)]
+    scored = [("best", 1.0), ("same", 0.5), ("same", 0.5), ("b", 0.4), ("c", 0.3), ("worst", -1.0)]
     rows = [
-        {"step": 1, "prompt": "p", "completion": c, "reward": r, "advantage": r} for c, r in said
+        {"step": 1, "prompt": "p", "completion": c, "reward": r, "advantage": r} for c, r in scored
     ]
     write_rows(folder / "completions.jsonl", rows)
     source, _ = render_report(folder)
@@ -170,10 +172,10 @@ def test_secrets_are_redacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HF_TOKEN", "a canary that sings")
     token = "hf_" + "aB3dE6gH9jKl" * 3
     folder = make_run(tmp_path / "run", 3)
-    said = f"my token is {token} and a canary that sings"
-    row = {"step": 1, "prompt": said, "completion": said, "reward": 1.0}
+    text = f"my token is {token} and a canary that sings"
+    row = {"step": 1, "prompt": text, "completion": text, "reward": 1.0}
     write_rows(folder / "completions.jsonl", [row])
-    (folder / "config.json").write_text(json.dumps({"model": {"model_name": said}}))
+    (folder / "config.json").write_text(json.dumps({"model": {"model_name": text}}))
     source, _ = render_report(folder)
     assert token not in source
     assert "canary" not in source
@@ -200,7 +202,7 @@ def _metrics(*rows: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("edit", "words"),
+    ("edit", "expected_text"),
     [
         (lambda folder: (folder / "metrics.jsonl").unlink(), "no step has been logged yet"),
         (lambda folder: (folder / "timings.jsonl").unlink(), "Reward"),
@@ -222,11 +224,11 @@ def _metrics(*rows: str) -> Callable[[Path], None]:
         (_replace("config.json", '{"grpo": {"max_steps": 50}, "reward": 3}'), "3 of 50"),
     ],
 )  # fmt: skip
-def test_partial_and_broken_runs(tmp_path: Path, edit, words: str) -> None:
+def test_partial_and_broken_runs(tmp_path: Path, edit, expected_text: str) -> None:
     folder = make_run(tmp_path / "run", 3, finished=False)
     edit(folder)
     source, _ = render_report(folder)
-    assert words in source
+    assert expected_text in source
 
 
 def test_an_empty_folder_and_a_single_step(tmp_path: Path) -> None:
@@ -252,7 +254,7 @@ def test_a_step_that_was_written_twice_counts_once(tmp_path: Path) -> None:
     assert "<b>0.25</b>" in source
 
 
-def test_a_long_completion_is_cut_and_says_so() -> None:
+def test_a_long_completion_is_shortened_with_a_note() -> None:
     assert escape_start("x" * 10, 10) == "x" * 10
     assert escape_start("<" * 12, 10) == "&lt;" * 10 + "<i class=more> … 2 more characters</i>"
 
@@ -264,6 +266,6 @@ def test_escaped_text_adds_no_markup(value: str) -> None:
     assert [name for name, _ in parsed.attributes] == ["class"]
 
 
-def test_the_made_up_config_is_a_real_one() -> None:
-    """The helper's sections are those of the run file, so the report reads what runs write."""
+def test_the_config_of_the_helpers_has_the_sections_of_a_run_file() -> None:
+    """The config that report_helpers writes must have the sections that a run writes."""
     assert set(CONFIG) == {"model", "lora", "dataset", "reward", "grpo", "runtime"}

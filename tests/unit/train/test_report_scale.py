@@ -1,4 +1,4 @@
-"""Ranges, ticks, smoothing and short numbers."""
+"""The axes of the report: value ranges, ticks, smoothing, fewer points, and short numbers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_thinning_keeps_the_end_and_the_mean(count: int) -> None:
     assert thinned == sorted(set(thinned))
 
 
-def test_thinning_passes_over_gaps() -> None:
+def test_thinning_ignores_gaps() -> None:
     xs = [float(i) for i in range(800)]
     _, (column,) = axis.reduce_points(xs, [[None, 4.0] * 400])
     assert set(column) == {4.0}

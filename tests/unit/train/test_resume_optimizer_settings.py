@@ -1,4 +1,4 @@
-"""Settings of the optimizer that change on resume have effect from the first step on."""
+"""Optimizer settings that change on resume take effect from the first resumed step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainer_helpers import adapter_digest, history, make_trainer
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
-    """A run of six steps: (the checkpoint of step 2, the trainer)."""
+    """A run of six steps: (the path of the checkpoint of step 2, the trainer)."""
     folder = tmp_path_factory.mktemp("first")
     trainer = make_trainer(folder, save_strategy="steps", save_steps=2)
     trainer.train()

@@ -1,4 +1,4 @@
-"""The built-in rewards: what scores what, plain and chat, and their options."""
+"""The built-in rewards: their scores for plain and chat completions, and their options."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from toolkit.train.rewards.builtin import inside_tag, text_of
 
 
 def score(name: str, completion: Any, answer: Any = "x", **options: Any) -> float | None:
-    """One completion through the whole of load_rewards, as TRL would call it."""
+    """The score of one completion. load_rewards loads the reward, which is called as by TRL."""
     config = RunConfig(
         model=ModelSection(model_name="m"),
-        # math_verify's own process: test_rewards_worker.py
+        # test_rewards_worker.py tests math_verify in its own process.
         reward=RewardSection(
             functions=(RewardFunction(name=name, options=options),), isolate=False
         ),
@@ -102,7 +102,7 @@ def test_refused_options(name: str, options: dict[str, Any], message: str) -> No
         score(name, "x", **options)
 
 
-def test_a_missing_column_is_named_with_those_there() -> None:
+def test_the_error_for_a_missing_column_lists_the_existing_columns() -> None:
     with pytest.raises(ConfigError, match=r"needs the column 'solution'[.] .* answer"):
         score("exact_match", "x", column="solution")
 

@@ -1,4 +1,4 @@
-"""Calls that may hang, for a limited time: in the main thread, in another, and in a loop."""
+"""Time limits for calls: in the main thread, in another thread, and in an event loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toolkit.base.time_limits import OutOfTime, call_within
 from toolkit.train.rewards.reward_call import LoopThread
 
 
-def test_limits_nest_and_leave_the_alarm_as_it_was() -> None:
+def test_limits_nest_and_restore_the_alarm() -> None:
     alarms: list[int] = []
     old = signal.signal(signal.SIGALRM, lambda *_: alarms.append(1))
     signal.setitimer(signal.ITIMER_REAL, 0.3)
@@ -67,8 +67,8 @@ def test_limits_work_in_another_thread() -> None:
 
 
 def test_all_calls_share_one_event_loop() -> None:
-    async def which() -> int:
+    async def loop_id() -> int:
         return id(asyncio.get_running_loop())
 
     loop = LoopThread()
-    assert loop.call_within(5, which()) == loop.call_within(None, which())
+    assert loop.call_within(5, loop_id()) == loop.call_within(None, loop_id())

@@ -1,4 +1,4 @@
-"""Numbers as people and models write them."""
+"""Parsing of numbers in the forms that people and models write."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_answer_of_a_text(text: str, value: str) -> None:
     "text",
     ["", "no number", "H2O", "v1.2.3", "3/0", "1e999999999", "9" * 5000, "<think>", "a.5", "####"],
 )
-def test_no_answer(text: str) -> None:
+def test_texts_without_an_answer(text: str) -> None:
     assert answer_in(text) is None
 
 

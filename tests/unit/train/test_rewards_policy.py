@@ -1,4 +1,6 @@
-"""A reward that raises, hangs or returns nonsense: the sample is found, saved and told."""
+"""If a reward raises, hangs or returns an invalid value, the sample that caused this is found,
+saved and reported.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def divide() -> float:
     return 1 / 0
 
 
-def leave() -> float:
+def exit_process() -> float:
     raise SystemExit(3)
 
 
@@ -36,7 +38,7 @@ def spin() -> float:
     while True:
         try:
             sum(range(100))
-        except Exception:  # noqa: BLE001 - a careless reward
+        except Exception:  # noqa: BLE001 - this reward catches every exception
             continue
 
 
@@ -45,7 +47,7 @@ def backtrack() -> float:
 
 
 RAISED = [(divide, "ZeroDivisionError: division by zero at .*test_rewards_policy.py:\\d+"),
-          (leave, "SystemExit: 3")]  # fmt: skip
+          (exit_process, "SystemExit: 3")]  # fmt: skip
 RETURNED = [
     (lambda: float("nan"), "returned nan, which is not a finite 32-bit number"),
     (lambda: float("inf"), "returned inf, which is not a finite"),
@@ -58,11 +60,13 @@ RETURNED = [
 ]
 
 
-@pytest.mark.parametrize(("score", "what"), RAISED + RETURNED)
-def test_fail_names_function_and_sample_and_saves_it(tmp_path: Path, score, what: str) -> None:
+@pytest.mark.parametrize(("score", "message"), RAISED + RETURNED)
+def test_fail_reports_function_and_sample_and_saves_the_sample(
+    tmp_path: Path, score, message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         run(reward_scoring_bad_with(score), tmp_path, "fail")
-    assert re.search(rf"reward mine (raised )?{what} ?.*\(sample 1 of 4\)", caught.value.message)
+    assert re.search(rf"reward mine (raised )?{message} ?.*\(sample 1 of 4\)", caught.value.message)
     assert str(tmp_path / "run/bad_rewards.jsonl") in caught.value.message
     assert "on_error: none" in str(caught.value)
     (record,) = saved_samples(tmp_path)
@@ -71,8 +75,10 @@ def test_fail_names_function_and_sample_and_saves_it(tmp_path: Path, score, what
     assert record["columns"] == {"answer": 2}
 
 
-@pytest.mark.parametrize(("score", "what"), RAISED + RETURNED)
-def test_none_scores_that_sample_none_and_counts_it(tmp_path: Path, score, what: str) -> None:
+@pytest.mark.parametrize(("score", "message"), RAISED + RETURNED)
+def test_none_scores_the_failing_sample_none_and_counts_it(
+    tmp_path: Path, score, message: str
+) -> None:
     _, scores, logged = run(reward_scoring_bad_with(score), tmp_path, "none")
     assert scores == [1.0, None, 1.0, 1.0]
     assert logged == {"rewards/mine/failed": 0.25}
@@ -143,13 +149,13 @@ def test_async_functions_are_async_for_trl_too(tmp_path: Path) -> None:
     assert run(Judge(), tmp_path)[1] == [2.0] * 4
 
 
-@pytest.mark.parametrize("nap", [asyncio.sleep, time.sleep])
+@pytest.mark.parametrize("sleep", [asyncio.sleep, time.sleep])
 def test_a_hanging_async_call_is_interrupted_even_if_it_blocks_its_loop(
-    tmp_path: Path, nap
+    tmp_path: Path, sleep
 ) -> None:
     async def mine(completions, **kwargs):
         if "bad" in completions:
-            result = nap(1.5)
+            result = sleep(1.5)
             if result is not None:
                 await result
         return [1.0] * len(completions)

@@ -1,5 +1,5 @@
-"""What a reward's process sends is checked before the run reads it; a reward cannot log under the
-names of the run.
+"""The run checks each reply from the process of a reward before it uses the reply. A reward cannot
+log a metric under a name that the run uses.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def test_a_forged_reply_of_a_reward_is_rejected(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     reward = load_reward(tmp_path, "score")
-    for sent, said in FORGED_REPLIES.items():
+    for reply, message in FORGED_REPLIES.items():
         with pytest.raises(ConfigError) as refused:
-            reward(prompts=["p"], completions=[sent])
-        assert said in refused.value.message, sent
+            reward(prompts=["p"], completions=[reply])
+        assert message in refused.value.message, reply
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -88,15 +88,15 @@ def test_an_error_of_the_toolkit_with_odd_fields_is_an_error_of_the_reward(
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("sent", ["{}", '{"misbehaved": []}', '{"function": "1"}'])
-def test_a_forged_reply_during_the_import_is_rejected(tmp_path: Path, sent: str) -> None:
-    text = json.dumps({"id": 1, **json.loads(sent)})
+@pytest.mark.parametrize("reply", ["{}", '{"misbehaved": []}', '{"function": "1"}'])
+def test_a_forged_reply_during_the_import_is_rejected(tmp_path: Path, reply: str) -> None:
+    text = json.dumps({"id": 1, **json.loads(reply)})
     with pytest.raises(ConfigError, match=f"reward sends:score {INVALID} while"):
         load_reward(tmp_path, "score", f"{FORGING_MODULE}\n_send({text!r})\n")
 
 
 @pytest.mark.parametrize(
-    ("do", "reply", "valid"),
+    ("request_kind", "reply", "valid"),
     [
         ("tool", {"value": "x"}, True),
         ("tool", {"value": 5}, False),
@@ -115,14 +115,14 @@ def test_a_forged_reply_during_the_import_is_rejected(tmp_path: Path, sent: str)
         ("load", {"error": ["ConfigError", "x", None, None]}, True),
     ],
 )
-def test_the_form_of_a_reply(do: str, reply: dict[str, Any], valid: bool) -> None:
-    assert is_valid({"do": do}, reply) is valid
+def test_the_form_of_a_reply(request_kind: str, reply: dict[str, Any], valid: bool) -> None:
+    assert is_valid({"do": request_kind}, reply) is valid
 
 
 @pytest.mark.parametrize("kind", [*worker_channel._DECODERS])
 @pytest.mark.parametrize("value", [[], {}, None, -1, "x", [10**15], [[10**30], "AAAA"]])
 def test_a_value_of_the_data_that_looks_like_a_tag(kind: str, value: Any) -> None:
-    """Only the value itself may come of it, or what the tag stands for; never an error."""
+    """Unpacking gives the value itself or the value that the tag encodes; it never raises."""
     worker_channel.unpack(
         worker_channel.pack({"\0toolkit": kind, "value": value})[worker_channel.HEADER_BYTES :]
     )
@@ -159,5 +159,5 @@ def test_a_column_is_a_list_of_values(value: Any, error: type[Exception]) -> Non
     assert kept == [("mine", [{"a": [1]}, "x"])]
 
 
-def test_nothing_replaces_the_step_of_a_row() -> None:
+def test_a_logged_step_does_not_replace_the_step_of_the_row() -> None:
     assert metrics_row(3, {"step": 9, "loss": 1.0})["step"] == 3

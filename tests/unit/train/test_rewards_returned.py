@@ -1,4 +1,4 @@
-"""What a reward gives back: lists, arrays and tensors of numbers are taken, and nothing else."""
+"""The values that a reward may return: lists, arrays and tensors of numbers, and no others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_value_that_is_not_a_list_is_rejected(tmp_path: Path, returned: Any) -
         run(lambda **kwargs: returned, tmp_path, "fail")
 
 
-def test_a_coroutine_from_a_plain_function(tmp_path: Path) -> None:
+def test_a_coroutine_from_a_function_that_is_not_async_is_rejected(tmp_path: Path) -> None:
     async def later() -> None: ...
 
     with pytest.raises(ConfigError, match="returned a coroutine, not a list of rewards"):

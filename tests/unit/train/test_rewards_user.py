@@ -1,4 +1,6 @@
-"""Functions by name: from allowed modules only, from beside the run file, with a fitting form."""
+"""Reward functions of the user: the module must be allowed and can be next to the run file, and the
+signature is checked.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def rewards(tmp_path: Path, *functions: RewardFunction, allow=("mine",), columns
     return load_rewards(config, tmp_path / "out", columns=columns)
 
 
-def test_a_module_beside_the_run_file(tmp_path: Path) -> None:
+def test_a_module_next_to_the_run_file(tmp_path: Path) -> None:
     write(tmp_path, "mine.py", GOOD)
     loaded = rewards(
         tmp_path,
@@ -65,7 +67,7 @@ def test_a_module_beside_the_run_file(tmp_path: Path) -> None:
     assert str(tmp_path) not in sys.path
 
 
-def test_a_package_and_what_it_imports(tmp_path: Path) -> None:
+def test_a_package_and_its_imports(tmp_path: Path) -> None:
     write(tmp_path, "mine/__init__.py", "")
     write(tmp_path, "mine/rewards.py", "from mine.deep import tone\n")
     write(tmp_path, "mine/deep.py", "import helper_beside\n" + GOOD)
@@ -81,8 +83,10 @@ def test_code_of_a_module_that_is_not_allowed_is_not_run(tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_beside_the_run_file_cannot_pose_as_another_module(tmp_path: Path) -> None:
-    """Neither the standard library's, even if allowed by name, nor one that is not allowed."""
+def test_a_file_next_to_the_run_file_cannot_replace_another_module(tmp_path: Path) -> None:
+    """The file is imported neither in place of a module of the standard library, even if that name
+    is allowed, nor for a module that is not allowed.
+    """
     for name in ("json", "fractions", "helper_evil"):
         write(tmp_path, f"{name}.py", "raise SystemExit('evil')")
     write(tmp_path, "mine.py", "import json, fractions\n" + GOOD)
@@ -134,7 +138,7 @@ def test_unusable_modules_are_explained(tmp_path: Path, content: str, message: s
         rewards(tmp_path, RewardFunction(name="mine:tone"))
 
 
-def test_a_module_that_is_not_there(tmp_path: Path) -> None:
+def test_a_module_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"the module mine does not exist[\s\S]*put mine.py next to the run file"
     ):

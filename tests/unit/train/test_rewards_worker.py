@@ -1,5 +1,5 @@
-"""Rewards of the user's in their worker: what they do there, the run, its files and the next
-reward do not feel.
+"""Rewards of the user in their worker process. Whatever they do there, it affects neither the run,
+nor its files, nor the next reward.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LIMIT_S = 0.4
 
 
 def load(folder: Path, *names: str, **section: Any) -> list[Any]:
-    """The functions of hostile_rewards.py under these names, in one worker."""
+    """Load the functions with these names from hostile_rewards.py, in one worker."""
     (folder / "hostile.py").write_text(HOSTILE.read_text())
     config = RunConfig(
         model=ModelSection(model_name="m"),
@@ -66,7 +66,7 @@ def _leave_no_finders(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="module")
 def rewards(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """All functions in one worker under ``none``; it survives each of them."""
+    """All functions in one worker, with on_error: none. Later calls work after each of them."""
     folder = tmp_path_factory.mktemp("worker")
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(RemoteReward, "reply_grace_s", 0.5)
@@ -110,17 +110,19 @@ IN_THE_WORKER = [
 ]
 
 
-@pytest.mark.parametrize(("name", "says"), RAISES_OR_RETURNS + IN_THE_WORKER)
-def test_what_it_raises_or_returns_is_scored_none(rewards, name: str, says: str) -> None:
+@pytest.mark.parametrize(("name", "message"), RAISES_OR_RETURNS + IN_THE_WORKER)
+def test_a_failing_sample_is_scored_none(rewards, name: str, message: str) -> None:
     assert score(rewards[name], log_metric=lambda *_: None) == [0.5, None, 0.5]
-    assert says in problem(rewards)
+    assert message in problem(rewards)
 
 
-@pytest.mark.parametrize(("name", "says"), RAISES_OR_RETURNS)
-def test_the_same_in_the_process_that_trains(tmp_path: Path, name: str, says: str) -> None:
+@pytest.mark.parametrize(("name", "message"), RAISES_OR_RETURNS)
+def test_a_failing_sample_is_scored_none_in_the_training_process(
+    tmp_path: Path, name: str, message: str
+) -> None:
     (reward,) = load(tmp_path, name, on_error="none", timeout_s=20.0, isolate=False)
     assert score(reward, log_metric=lambda *_: None) == [0.5, None, 0.5]
-    assert says in problem({"folder": tmp_path})
+    assert message in problem({"folder": tmp_path})
 
 
 @pytest.mark.parametrize("name", ["catches_all", "native", "own_alarm", "async_blocks"])
@@ -138,21 +140,21 @@ def test_a_forked_child_that_returns_does_not_reply(rewards) -> None:
         assert score(rewards["fine"]) == [1.0, 3.0, 1.0]
 
 
-def test_tensors_without_values_and_sparse_ones(tmp_path: Path) -> None:
+def test_meta_tensors_and_sparse_tensors(tmp_path: Path) -> None:
     batch = {"prompts": ["p"] * 3, "completions": COMPLETIONS}
-    for function, what in (
+    for function, expected in (
         (lambda **_: torch.zeros(3, device="meta"), [None] * 3),
         (lambda **_: torch.tensor([0.0, 2.0, 0.0]).to_sparse(), [0.0, 2.0, 0.0]),
         (lambda **_: [torch.tensor(1.0, device="meta")] * 3, [None] * 3),
     ):
         reward = guard("mine", function, ErrorPolicy("none", None, tmp_path / "bad_rewards.jsonl"))
-        assert reward(**batch) == what
-    said = (tmp_path / "bad_rewards.jsonl").read_text()
-    assert "returned a Tensor whose values cannot be read" in said
-    assert "returned a Tensor as a reward" in said or "cannot be read as a number" in said
+        assert reward(**batch) == expected
+    saved = (tmp_path / "bad_rewards.jsonl").read_text()
+    assert "returned a Tensor whose values cannot be read" in saved
+    assert "returned a Tensor as a reward" in saved or "cannot be read as a number" in saved
 
 
-def test_long_texts_are_saved_short(rewards) -> None:
+def test_long_texts_are_shortened(rewards) -> None:
     size = len((rewards["folder"] / "out" / "bad_rewards.jsonl").read_bytes())
     logged: dict[str, Any] = {}
     score(rewards["long"], ["bad", "x" * 3_000_000], log_extra=logged.__setitem__)
@@ -161,14 +163,14 @@ def test_long_texts_are_saved_short(rewards) -> None:
     assert [len(text) < 11_000 for text in logged["column"]] == [True, True]
 
 
-def test_alarms_of_its_own_work_and_one_left_behind_ends_nothing(rewards) -> None:
+def test_a_reward_can_use_alarms_and_leave_one_set(rewards) -> None:
     assert score(rewards["uses_alarm"]) == [1.0, 1.0, 1.0]
     assert score(rewards["leaves_alarm"]) == [1.0, 1.0, 1.0]
     time.sleep(1.2)
     assert score(rewards["fine"]) == [1.0, 3.0, 1.0]
 
 
-def test_the_process_that_trains_stays_as_it_is(rewards, monkeypatch) -> None:
+def test_a_reward_does_not_change_the_training_process(rewards, monkeypatch) -> None:
     umask, folder, environ = os.umask(0o027), Path.cwd(), dict(os.environ)
     try:
         assert score(rewards["changes_the_process"]) == [1.0, 1.0, 1.0]
@@ -216,7 +218,7 @@ def test_a_column_that_cannot_be_sent_is_named(tmp_path: Path) -> None:
         score(reward, picture=[object()] * 3)
 
 
-def test_random_numbers_are_a_function_of_seed_and_what_is_scored(tmp_path: Path) -> None:
+def test_random_numbers_depend_on_the_seed_and_the_completions(tmp_path: Path) -> None:
     (one,) = load(tmp_path, "draws")
     drawn = score(one)
     assert score(one, ["other", "x", "y"]) != drawn
@@ -236,13 +238,13 @@ def test_async_rewards_run_at_the_same_time(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 3.9
 
 
-def test_a_call_is_made_again_where_the_worker_was_killed_for_another(tmp_path: Path) -> None:
+def test_a_call_is_repeated_if_the_worker_was_killed_for_another_call(tmp_path: Path) -> None:
     (naps,) = load(tmp_path, "async_naps")
     threading.Timer(0.3, naps.function._worker.close).start()
     assert score(naps) == [1.0, 1.0, 1.0]
 
 
-def test_a_signal_to_the_run_cuts_the_wait(tmp_path: Path) -> None:
+def test_a_signal_to_the_run_ends_the_wait_for_a_reward(tmp_path: Path) -> None:
     (reward,) = load(tmp_path, "catches_all", timeout_s=60.0)
     signals = StopSignals(grace_s=0.2)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -328,7 +330,7 @@ def test_a_worker_ends_with_its_rewards(tmp_path: Path, monkeypatch) -> None:
     assert (tmp_path / "at-exit").exists()
 
 
-def test_math_verify_that_hangs_scores_that_one_0(tmp_path: Path, monkeypatch) -> None:
+def test_a_completion_on_which_math_verify_hangs_scores_0(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("math_verify", reason="the extra `math` is not installed")
     wanted = RewardFunction(name="math_verify", options={"seconds_each": 1.0})
     config = RunConfig(
@@ -341,10 +343,10 @@ def test_math_verify_that_hangs_scores_that_one_0(tmp_path: Path, monkeypatch) -
     assert time.monotonic() - begin < 30
 
 
-def test_many_calls_leave_nothing_behind(rewards) -> None:
+def test_many_calls_leak_no_handles_and_no_memory(rewards) -> None:
     (pid, *_) = (int(value) for value in score(rewards["says_pid"]))
 
-    def held() -> tuple[int, ...]:
+    def open_handles() -> tuple[int, ...]:
         score(rewards["fine"], ["word " * 200] * 16)
         folders = (f"/proc/{pid}/fd", f"/proc/{pid}/task", "/proc/self/fd")
         return tuple(len(os.listdir(folder)) for folder in folders)
@@ -353,11 +355,11 @@ def test_many_calls_leave_nothing_behind(rewards) -> None:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
 
     for _ in range(100):
-        before = held()
+        before = open_handles()
     pages = resident()
     for _ in range(400):
         score(rewards["fine"], ["word " * 200] * 16)
-    assert all(now <= then for now, then in zip(held(), before, strict=True))
+    assert all(now <= then for now, then in zip(open_handles(), before, strict=True))
     assert resident() <= pages * 1.05
 
 

@@ -7,10 +7,8 @@ from trainer_helpers import make_trainer
 
 from toolkit.train.run_end import total_steps
 
-REMAINDER_PER_EPOCH = {
-    "steps_per_generation": 1,
-    "gradient_accumulation_steps": 5,
-}  # of 12 an epoch
+# An epoch has 12 batches, so two remain.
+REMAINDER_PER_EPOCH = {"steps_per_generation": 1, "gradient_accumulation_steps": 5}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""The sampled policy is the trained policy under Hugging Face generation too, with an engine's face
-and without; and keywords that it does not read are refused.
+"""With Hugging Face generation, too, the sampled policy is the trained policy, whether or not the
+model has an engine object. Keywords that this generation does not read are refused.
 """
 
 from __future__ import annotations
@@ -39,18 +39,20 @@ PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 5, 11]]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_what_is_drawn_is_what_is_scored(tmp_path: Path, monkeypatch: Any, name: str) -> None:
-    """Prompts of several lengths in one batch: padding is no token that was seen."""
+def test_the_training_pass_has_the_logps_of_the_sampler(
+    tmp_path: Path, monkeypatch: Any, name: str
+) -> None:
+    """Prompts of one batch have several lengths. Padding must not count as a seen token."""
     trainer = make_trainer(tmp_path, max_completion_length=12, **OPTIONS[name])
     scores: list[torch.Tensor] = []
 
-    def listening(model: Any, prompts: Any, config: Any, seeds: Any, more: Any) -> Any:
+    def record_scores(model: Any, prompts: Any, config: Any, seeds: Any, more: Any) -> Any:
         config.output_scores = config.return_dict_in_generate = True
         drawn = sample_completions(model, prompts, config, seeds, more)
         scores.extend(drawn[1])
         return drawn
 
-    monkeypatch.setattr(sampler, "sample_completions", listening)
+    monkeypatch.setattr(sampler, "sample_completions", record_scores)
     monkeypatch.setattr(kept_set, "CHUNK_ELEMENTS", 100)
     trainer.completion_index.begin_batch(len(PROMPTS))
     completions = TransformersGeneration(trainer).generate(PROMPTS)
@@ -64,14 +66,14 @@ def test_what_is_drawn_is_what_is_scored(tmp_path: Path, monkeypatch: Any, name:
     with torch.no_grad():
         ours, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, right)
     assert scores
-    for place, scores_BV in enumerate(scores[:right]):
+    for position, scores_BV in enumerate(scores[:right]):
         logps_BV = torch.log_softmax(scores_BV, -1)
-        theirs = logps_BV.gather(1, ids[:, left + place : left + place + 1])[:, 0]
-        real = mask[:, left + place].bool()
-        torch.testing.assert_close(ours[real, place], theirs[real], atol=1e-5, rtol=0)
+        theirs = logps_BV.gather(1, ids[:, left + position : left + position + 1])[:, 0]
+        real = mask[:, left + position].bool()
+        torch.testing.assert_close(ours[real, position], theirs[real], atol=1e-5, rtol=0)
 
 
-def test_training_on_an_engines_face(tmp_path: Path) -> None:
+def test_training_with_an_engine_object(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, engine=True, max_steps=2, **OPTIONS["all"])
     trainer.train()
     for row in history(trainer):
@@ -84,8 +86,8 @@ def completions_of(trainer: Any) -> list[list[int]]:
     return TransformersGeneration(trainer).generate(PROMPTS)
 
 
-def test_the_checkpoints_own_options_stay_out(tmp_path: Path) -> None:
-    """transformers fills what is left out from the model's generation config."""
+def test_generation_options_of_the_checkpoint_are_not_used(tmp_path: Path) -> None:
+    """transformers takes options that are not set from the generation config of the model."""
     plain = completions_of(make_trainer(tmp_path, max_completion_length=12))
     trainer = make_trainer(tmp_path, max_completion_length=12)
     config = trainer.model.generation_config
@@ -95,7 +97,7 @@ def test_the_checkpoints_own_options_stay_out(tmp_path: Path) -> None:
     assert trainer.model.generation_config is config
 
 
-def test_stop_strings_end_a_completion_where_others_go_on(tmp_path: Path) -> None:
+def test_stop_strings_end_only_completions_that_contain_them(tmp_path: Path) -> None:
     letters = make_tokenizer()
     whole = completions_of(make_trainer(tmp_path, max_completion_length=12))
     token = max(whole, key=len)[1]
@@ -112,7 +114,7 @@ def test_stop_strings_end_a_completion_where_others_go_on(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "text"),
+    ("kwargs", "message"),
     [
         (
             {"max_new_token": 30},
@@ -128,12 +130,14 @@ def test_stop_strings_end_a_completion_where_others_go_on(tmp_path: Path) -> Non
         ({"num_beams": 4}, "not found by beam search"),
     ],
 )
-def test_keywords_are_refused_at_construction(tmp_path: Path, kwargs: Any, text: str) -> None:
-    with pytest.raises(ConfigValueError, match=text):
+def test_keywords_are_refused_at_construction(tmp_path: Path, kwargs: Any, message: str) -> None:
+    with pytest.raises(ConfigValueError, match=message):
         make_trainer(tmp_path, generation_kwargs=kwargs)
 
 
-def test_a_bias_without_weights_is_told_at_construction(tmp_path: Path) -> None:
+def test_a_keyword_that_training_does_not_apply_is_a_warning_at_construction(
+    tmp_path: Path,
+) -> None:
     with pytest.warns(
         ToolkitWarning, match=r"does not apply .*: typical_p\. So completions are sampled from"
     ):

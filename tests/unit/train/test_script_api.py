@@ -1,4 +1,4 @@
-"""What scripts and notebooks pass to GRPOConfig and GRPOTrainer: older fields, batches, rewards."""
+"""Arguments of scripts for GRPOConfig and GRPOTrainer: older fields, batches, rewards."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from toolkit.train.trainer import GRPOTrainer
 
 
 def config(folder, **fields):
-    """(config, the warning about its fields)."""
+    """(the config, the text of the warning about its fields)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = GRPOConfig(output_dir=str(folder), use_cpu=True, **fields)
     messages = [str(warning.message) for warning in caught if warning.category is ToolkitWarning]
-    assert len(messages) <= 1  # all of it at once
+    assert len(messages) <= 1  # one warning covers all fields
     return result, messages[0] if messages else ""
 
 
 def test_fields_of_older_releases_are_translated_with_one_warning(tmp_path):
-    made, told = config(
+    made, message = config(
         tmp_path,
         max_prompt_length=256,
         warmup_ratio=0.1,
@@ -58,7 +58,7 @@ def test_fields_of_older_releases_are_translated_with_one_warning(tmp_path):
         "logging_dir is left out: the variable TENSORBOARD_LOGGING_DIR",
         "vllm_device is left out: FastLanguageModel.from_pretrained sets it",
     ):
-        assert words in told
+        assert words in message
     assert config(tmp_path, warmup_ratio=0.1, warmup_steps=5)[0].warmup_steps == 5
 
 
@@ -66,14 +66,14 @@ def test_vllm_sampling_params_become_fields(tmp_path):
     params = toolkit.vLLMSamplingParams(
         min_p=0.1, top_p=0.9, top_k=-1, seed=3407, stop=["</s>"], include_stop_str_in_output=True
     )
-    made, told = config(tmp_path, temperature=0.7, vllm_sampling_params=params)
+    made, message = config(tmp_path, temperature=0.7, vllm_sampling_params=params)
     assert (made.min_p, made.top_p, made.top_k, made.temperature) == (0.1, 0.9, -1, 0.7)
     assert made.generation_kwargs == {"stop": ["</s>"]}
-    assert "include_stop_str_in_output is left out (this keyword changes only" in told
-    assert "seed is left out (each completion is drawn from its own seed" in told
-    made, told = config(tmp_path, temperature=0.7, vllm_sampling_params={"temperature": 1.2})
+    assert "include_stop_str_in_output is left out (this keyword changes only" in message
+    assert "seed is left out (each completion is drawn from its own seed" in message
+    made, message = config(tmp_path, temperature=0.7, vllm_sampling_params={"temperature": 1.2})
     assert made.temperature == 0.7
-    assert "is ignored, because GRPOConfig sets temperature=0.7" in told
+    assert "is ignored, because GRPOConfig sets temperature=0.7" in message
     with pytest.raises(ConfigTypeError, match="vllm_sampling_params has the type str"):
         config(tmp_path, vllm_sampling_params="greedy")
 
@@ -163,7 +163,7 @@ def make_script_trainer(tmp_path, rewards, model=None, **grpo):
 
 
 @pytest.mark.parametrize(
-    ("reward", "told"),
+    ("reward", "message"),
     [
         (nothing, "reward nothing returned a NoneType, not a list of rewards"),
         (scalar, "reward scalar returned a float, not a list of rewards"),
@@ -172,14 +172,14 @@ def make_script_trainer(tmp_path, rewards, model=None, **grpo):
         (later, "reward later returned a str as a reward (sample 0 of 8)"),
     ],
 )
-def test_a_wrong_reward_has_the_message_of_a_run_file(reward, told):
+def test_a_wrong_reward_has_the_message_of_a_run_file(reward, message):
     [call] = wrap_reward_funcs([reward])
 
     def score():
         found = call(completions=["1"] * 8)
         return asyncio.run(found) if reward is later else found
 
-    with pytest.raises(ConfigValueError, match=re.escape(told)) as caught:
+    with pytest.raises(ConfigValueError, match=re.escape(message)) as caught:
         score()
     assert "one number (or None) for each completion" in str(caught.value.fix)
 
@@ -214,11 +214,11 @@ def test_rewards_of_every_kind_keep_their_names(tmp_path):
     assert trainer.reward_func_names == ["ones", "Scorer", "scaled"]
     trainer.train()
     assert trainer.state.log_history[0]["rewards/scaled/mean"] == 2
-    with pytest.raises(KeyError, match="answer"):  # its own, with its own traceback
+    with pytest.raises(KeyError, match="answer"):  # the exception of the reward, unchanged
         make_script_trainer(tmp_path, broken).train()
 
 
-# --- lengths, packages, the other engine's keywords
+# --- lengths, packages, keywords of another engine
 
 
 def test_max_prompt_length_truncates_the_start_with_a_warning(tmp_path):
@@ -253,8 +253,8 @@ def test_all_mistakes_in_a_config_are_in_one_error(tmp_path):
             per_device_train_batch_size=1,
             num_generations=6,
         )
-    told = str(caught.value)
-    assert told.startswith("GRPOConfig: 5 mistakes\n- 'num_generation' is not a field")
+    message = str(caught.value)
+    assert message.startswith("GRPOConfig: 5 mistakes\n- 'num_generation' is not a field")
     for words in (
         "(did you mean 'num_generations'?)",
         "- warmup_ratio=2 must be at least 0 and below 1",
@@ -262,8 +262,8 @@ def test_all_mistakes_in_a_config_are_in_one_error(tmp_path):
         "- dynamic_sampling='yes' must be True or False",
         "This number is not a multiple of num_generations=6",
     ):
-        assert words in told
-    assert told.count("fix: ") == 5
+        assert words in message
+    assert message.count("fix: ") == 5
 
 
 def test_an_error_of_trl_is_listed_with_the_errors_of_the_toolkit(tmp_path):
@@ -273,7 +273,7 @@ def test_an_error_of_trl_is_listed_with_the_errors_of_the_toolkit(tmp_path):
     assert "auto_find_batch_size is not supported" in str(caught.value)
     with pytest.raises(ValueError, match="auto_find_batch_size") as alone:
         config(tmp_path, auto_find_batch_size=True)
-    assert not isinstance(alone.value, ConfigError)  # TRL's own
+    assert not isinstance(alone.value, ConfigError)  # TRL's exception, unchanged
 
 
 def test_all_mistakes_in_the_arguments_of_a_trainer_are_in_one_error(tmp_path):
@@ -281,11 +281,11 @@ def test_all_mistakes_in_the_arguments_of_a_trainer_are_in_one_error(tmp_path):
     model.max_seq_length = 8
     with pytest.raises(ConfigError) as caught:
         make_script_trainer(tmp_path, no_kwargs, model=model, optim="lomo", max_completion_length=8)
-    told = str(caught.value)
-    assert told.startswith("3 mistakes\n- ")
-    assert "reward no_kwargs has the parameters (completions)" in told
-    assert "\n- grpo.optim: lomo needs" in told
-    assert "leaves no room for a prompt" in told
+    message = str(caught.value)
+    assert message.startswith("3 mistakes\n- ")
+    assert "reward no_kwargs has the parameters (completions)" in message
+    assert "\n- grpo.optim: lomo needs" in message
+    assert "leaves no room for a prompt" in message
 
 
 def test_packages_of_the_config_are_checked_at_construction(tmp_path):
@@ -322,7 +322,7 @@ def test_generate_after_train_equals_generate_in_evaluation_mode(tmp_path, check
     assert model.training
     ids = inputs["input_ids"]
     model.eval()
-    for _ in range(12):  # without a cache
+    for _ in range(12):  # without a KV cache
         scores = model(ids).logits[:, -1]
         scores[:, tokenizer.eos_token_id] = -torch.inf
         ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)

@@ -1,4 +1,4 @@
-"""What a signal does, and when."""
+"""The effect of a signal in each phase of a run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from toolkit.train.checkpointing.stop_signals import SIGNALS, StepAbandoned, Sto
 
 
 @pytest.fixture(autouse=True)
-def hears_a_hang_up():
-    """Also where the tests were started with nohup."""
+def default_sighup():
+    """Handle SIGHUP by default, because nohup starts the tests with SIGHUP ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -24,7 +24,7 @@ def send(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_while_nothing_can_be_lost_it_cuts_at_once(number):
+def test_a_signal_stops_the_run_at_once_while_there_is_nothing_to_save(number):
     with StopSignals().installed() as signals:
         with pytest.raises(StepAbandoned, match=number.name):
             send(number)
@@ -32,13 +32,13 @@ def test_while_nothing_can_be_lost_it_cuts_at_once(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_between_steps_it_is_a_flag(number):
+def test_a_signal_during_training_sets_a_flag(number):
     with StopSignals().installed() as signals, signals.stop_at_step_end():
         send(number)
         assert signals.received == number.name
 
 
-def test_while_a_checkpoint_is_written_no_number_of_signals_cuts():
+def test_no_number_of_signals_interrupts_the_writing_of_a_checkpoint():
     with StopSignals(grace_s=0.01).installed() as signals, signals.stop_at_step_end():
         signals.shield()
         for number in (*SIGNALS, signal.SIGINT, signal.SIGINT) * 5:
@@ -46,12 +46,12 @@ def test_while_a_checkpoint_is_written_no_number_of_signals_cuts():
         assert signals.received == "SIGTERM"
         signals.begin_shutdown()
         signals.unshield()
-        time.sleep(0.3)  # no alarm comes any more
+        time.sleep(0.3)  # no alarm arrives any more
         send(signal.SIGINT)
         assert signals.received == "SIGTERM"
 
 
-def test_who_listened_before_hears_nothing_once_the_run_ends():
+def test_the_previous_handler_ignores_signals_once_the_run_ends():
     with StopSignals().installed() as outer:
         with StopSignals().installed() as signals:
             signals.begin_shutdown()
@@ -60,7 +60,7 @@ def test_who_listened_before_hears_nothing_once_the_run_ends():
         assert outer.is_shutting_down
 
 
-def test_a_hang_up_that_is_ignored_stays_ignored():
+def test_an_ignored_sighup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals().installed() as signals, signals.stop_at_step_end():
@@ -86,13 +86,13 @@ def test_a_long_step_is_abandoned_but_never_while_shielded():
     with StopSignals(grace_s=0.05).installed() as signals, signals.stop_at_step_end():
         signals.shield()
         send(signal.SIGTERM)
-        time.sleep(0.5)  # the alarm finds the shield, and comes again
+        time.sleep(0.5)  # the alarm has no effect while shielded, and repeats
         signals.unshield()
         with pytest.raises(StepAbandoned):
             time.sleep(5)
 
 
-def test_ranks_that_stop_together_are_never_cut():
+def test_ranks_that_stop_together_are_never_interrupted():
     with (
         StopSignals(abandon=False, grace_s=0.05).installed() as signals,
         signals.stop_at_step_end(),
@@ -102,12 +102,12 @@ def test_ranks_that_stop_together_are_never_cut():
         assert signals.received == "SIGTERM"
 
 
-def test_who_listened_before_listens_again():
+def test_the_previous_handlers_are_restored():
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
     with StopSignals().installed():
         assert signal.getsignal(signal.SIGTERM) is not before[signal.SIGTERM]
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-def test_no_except_exception_swallows_it():
+def test_except_exception_does_not_catch_step_abandoned():
     assert not issubclass(StepAbandoned, Exception)

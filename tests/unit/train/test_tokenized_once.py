@@ -1,4 +1,4 @@
-"""A prompt of a group is tokenized once."""
+"""The prompt of a group is tokenized once for all rows of the group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from toolkit.train.rollout.sampler import tokenize_distinct
 
 
 class Tokenizer:
-    """Stands in for TRL's ``_tokenize_prompts``, and counts the prompts that it gets."""
+    """Replaces TRL's ``_tokenize_prompts``, and counts the prompts of each call."""
 
     def __init__(self, images: Any = None, fields: dict[str, Any] | None = None) -> None:
         self.images, self.fields = images, fields or {}
@@ -23,13 +23,13 @@ def test_each_row_gets_its_own_list_of_the_ids_of_its_prompt() -> None:
     tokenize = Tokenizer()
     ids, images, fields = tokenize_distinct(tokenize, ["ab", "ab", "c", "ab"])
     assert ids == [[97, 98], [97, 98], [99], [97, 98]]
-    assert tokenize.seen == [3]  # only equal neighbours are one group
+    assert tokenize.seen == [3]  # only equal prompts of consecutive rows are one group
     assert (images, fields) == (None, {})
     ids[0].append(0)
     assert ids[1] == [97, 98]
 
 
-def test_different_prompts_are_one_call() -> None:
+def test_different_prompts_are_tokenized_in_one_call() -> None:
     tokenize = Tokenizer()
     assert tokenize_distinct(tokenize, ["a", "b"])[0] == [[97], [98]]
     assert tokenize.seen == [2]

@@ -1,4 +1,4 @@
-"""Tools of a run file in the worker process: what they answer, how they fail, what is logged."""
+"""Tools of a run file in the worker process: their answers, their failures, and their logs."""
 
 from __future__ import annotations
 
@@ -104,16 +104,16 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Any:
     worker.close()
 
 
-def test_tools_answer_from_a_process_of_their_own(tools: dict[str, Any]) -> None:
+def test_tools_run_in_the_worker_process(tools: dict[str, Any]) -> None:
     assert tools["measure"](text="four", times=2) == "8"
     assert tools["later"](text="four") == "four"
-    # A chat template gets the schema; nothing of the module is imported here.
+    # A chat template reads the schema. This process does not import the module of the tools.
     assert tools["measure"]["function"]["parameters"]["required"] == ["text"]
     assert "my_own_tools" not in sys.modules
 
 
-def test_random_numbers_follow_from_the_place_of_a_call(tools: dict[str, Any]) -> None:
-    """So a resumed run gets the same ones, also from a worker that was started again."""
+def test_random_numbers_depend_on_the_position_of_a_call(tools: dict[str, Any]) -> None:
+    """So a resumed run or a restarted worker draws the same numbers."""
     ask = tools["draw"].answer
     first = [ask({}, (3, completion, 1, 1)) for completion in (0, 1)]
     with pytest.raises(CallFailed):
@@ -123,7 +123,7 @@ def test_random_numbers_follow_from_the_place_of_a_call(tools: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"how": "raises"}, "raised RuntimeError: no such page"),
         ({"how": "hangs"}, "took longer than 1 s"),
@@ -133,46 +133,48 @@ def test_random_numbers_follow_from_the_place_of_a_call(tools: dict[str, Any]) -
         ({"who": "me"}, "wrong arguments: missing a required argument: 'how'"),
     ],
 )
-def test_what_fails_is_an_answer(tools: dict[str, Any], arguments: Any, said: str) -> None:
+def test_a_failure_is_an_answer_to_the_model(
+    tools: dict[str, Any], arguments: Any, message: str
+) -> None:
     with pytest.raises(CallFailed) as failed:
         tools["bad"](**arguments)
-    assert said in str(failed.value)
-    assert tools["measure"](text="four") == "4"  # the worker is there again
+    assert message in str(failed.value)
+    assert tools["measure"](text="four") == "4"  # later calls work
 
 
-def test_half_a_character_is_written_out(tools: dict[str, Any]) -> None:
+def test_a_lone_surrogate_is_escaped(tools: dict[str, Any]) -> None:
     assert tools["bad"](how="half") == "half of \\ud800"
 
 
 def test_a_failure_can_end_the_run(tmp_path: Path) -> None:
-    """Here in this process, as reward.isolate: false asks. A wrong argument is the model's."""
+    """Without a worker (reward.isolate: false). Wrong arguments do not end the run."""
     bad = load(tmp_path, None, ["bad", "later"], on_error="fail")["bad"]
     with pytest.raises(CallFailed, match="wrong arguments"):
         bad(who="me")
     with pytest.raises(StopRun) as stopped:
         bad(how="raises")
-    said = str(stopped.value.error)
-    assert "tool my_own_tools:bad raised RuntimeError: no such page" in said
-    assert 'arguments of the call: {"how": "raises"}' in said
-    assert "tools.on_error: answer" in said
+    message = str(stopped.value.error)
+    assert "tool my_own_tools:bad raised RuntimeError: no such page" in message
+    assert 'arguments of the call: {"how": "raises"}' in message
+    assert "tools.on_error: answer" in message
     sys.modules.pop("my_own_tools")
 
 
-def test_a_tool_that_does_not_describe_itself_is_refused(tmp_path: Path) -> None:
+def test_a_tool_without_a_description_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tool my_own_tools:bare"):
         load(tmp_path, None, ["bare"])
     sys.modules.pop("my_own_tools")
 
 
 class Rollouts:
-    """The part of a trainer that the log reads."""
+    """The attribute of a trainer that ToolLog reads."""
 
     def __init__(self, tools: dict[str, Any], rows: int) -> None:
         self.tools_by_row = [dict(tools) for _ in range(rows)]
 
 
 def test_each_call_is_logged_with_its_turn(tools: dict[str, Any], tmp_path: Path) -> None:
-    """As TRL's loop makes them: by the name that the model wrote, in the tools of the row."""
+    """As in TRL's loop, the name that the model wrote is looked up in the tools of the row."""
     trainer, log = Rollouts(tools, 2), ToolLog()
     messages: list[list[Any]] = [[{"role": "assistant"}], [{"role": "assistant"}]]
     calls = log.record_calls(trainer, messages, [4, 5], 0)
@@ -189,7 +191,7 @@ def test_each_call_is_logged_with_its_turn(tools: dict[str, Any], tmp_path: Path
 
     journal = Journal(tmp_path, names=(*LOG_FILES, *TOOL_LOG_FILES))
     log.write(journal, 1)
-    log.write(journal, 2)  # nothing is written twice
+    log.write(journal, 2)  # the second call writes nothing
     journal.close()
     rows, times = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]

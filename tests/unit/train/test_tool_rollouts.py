@@ -1,5 +1,5 @@
-"""Rollouts of several turns through TRL's loop: steps in an environment, tools beside it, the mask
-of the training pass, and the log of each call.
+"""Rollouts of several turns in TRL's loop: steps of an environment, calls of tools, the mask of the
+training pass, and the log of each call.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHAT = (
 
 
 def calls_of(name: str) -> dict[str, Any]:
-    """Whatever the model says is a call of ``name`` with it."""
+    """A response template that parses each text as a call of ``name`` with this text."""
     call = {"name": name, "arguments": {"text": "{said}"}}
     said = {"open_pattern": "(?P<said>.+)", "repeats": True, "content": "text"}
     fields = {
@@ -59,7 +59,7 @@ def schema(name: str) -> dict[str, Any]:
 
 
 class Host:
-    """In place of the worker process: answers with the steps so far. The problem 1 fails."""
+    """Replaces the worker process. An answer has the number of the step. The seed 1 fails."""
 
     schema = schema("step")
 
@@ -110,7 +110,9 @@ def trainer_of(
     return trainer
 
 
-def test_an_environment_is_acted_in(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_model_acts_in_an_environment(
+    checkpoint: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     rows = [
         {"prompt": [{"role": "user", "content": "go"}], "problem": json.dumps({"seed": seed})}
         for seed in (0, 1)
@@ -121,11 +123,11 @@ def test_an_environment_is_acted_in(checkpoint: Path, tmp_path: Path, monkeypatc
     masked: list[tuple[Any, ...]] = []
     compute = GRPOTrainer._compute_loss
 
-    def watched(self: Any, model: Any, inputs: Any) -> Any:
+    def record_masks(self: Any, model: Any, inputs: Any) -> Any:
         masked.append((inputs["completion_ids"], inputs["completion_mask"], inputs["tool_mask"]))
         return compute(self, model, inputs)
 
-    monkeypatch.setattr(GRPOTrainer, "_compute_loss", watched)
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", record_masks)
     trainer.train()
 
     journal = Journal(tmp_path, names=(*LOG_FILES, *TOOL_LOG_FILES))
@@ -140,26 +142,26 @@ def test_an_environment_is_acted_in(checkpoint: Path, tmp_path: Path, monkeypatc
     broken = ["the environment broke"] * 2
     assert sorted(map(str, results.values())) == sorted([str(sound)] * 4 + [str(broken)] * 4)
     assert [call["turn"] for call in calls] == [1, 2] * 8
-    # The broken episodes have no score, and are saved.
+    # The episodes that failed have no score, and are saved.
     (row,) = [row for row in trainer.state.log_history if "loss" in row]
     assert row["rewards/openenv/mean"] == pytest.approx(0.75)
     assert row["rewards/openenv/failed"] == 0.5
     assert '"problem": "broke"' in bad.read_text()
-    # Training leaves out what the environment said, and the header of the model's next message.
-    tokenizer, said = make_tokenizer(), []
+    # Training masks the text of the environment and the header of the model's next message.
+    tokenizer, masked_texts = make_tokenizer(), []
     for ids_BC, mask_BC, own_BC in masked:
         for ids, mask, own in zip(ids_BC, mask_BC, own_BC, strict=True):
-            said.append(tokenizer.decode(ids[(mask == 1) & (own == 0)]))
-    # The second answer of a broken episode does not fit into the completion: TRL leaves it out.
-    counts = sorted((text.count("<t>"), text.count("<a>")) for text in said)
+            masked_texts.append(tokenizer.decode(ids[(mask == 1) & (own == 0)]))
+    # The second answer of a failed episode does not fit into the completion, so TRL drops it.
+    counts = sorted((text.count("<t>"), text.count("<a>")) for text in masked_texts)
     assert counts == [(1, 1)] * 4 + [(2, 2)] * 4
-    assert sum("step1" in text and "step2" in text for text in said) == 4
+    assert sum("step1" in text and "step2" in text for text in masked_texts) == 4
 
 
 def test_a_tool_can_end_the_run(checkpoint: Path, tmp_path: Path) -> None:
-    """TRL answers each Exception of a tool to the model; this one reaches the run."""
+    """TRL sends each Exception of a tool to the model. StopRun, a BaseException, ends the run."""
 
-    def fail(arguments: Any, place: Any) -> str:
+    def fail(arguments: Any, position: Any) -> str:
         raise StopRun(ConfigError("tool search took longer than 1 s", where="tools.functions"))
 
     trainer = trainer_of(
