@@ -37,7 +37,7 @@ def world(tmp_path_factory):
 
 
 def train_run(world, out, *more):
-    """(folder, what was printed) of a run in this process."""
+    """(folder, printed text) of a run in this process."""
     printed = io.StringIO()
     overrides = (f"runtime.output_dir={out}", "reward.isolate=false", *more)
     with warnings.catch_warnings():
@@ -48,14 +48,14 @@ def train_run(world, out, *more):
 
 @pytest.fixture(scope="module")
 def tensorboard(world, tmp_path_factory):
-    """A run with TensorBoard, and the same run resumed from its middle."""
+    """A finished run with TensorBoard: (folder, printed text)."""
     out = tmp_path_factory.mktemp("runs") / "numeric-r4"
     folder, printed = train_run(world, out, "grpo.report_to=tensorboard")
     return folder, printed
 
 
 def scalars(folder):
-    """{name: [(step, value), ...]} as TensorBoard shows them."""
+    """({name: [(step, value), ...]} as in TensorBoard, names of the texts, the accumulator)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -88,7 +88,7 @@ def test_trackers_change_nothing_in_the_run(tensorboard, world, tmp_path):
 
 
 def test_a_resumed_run_continues_the_same_tracked_run(tensorboard, world):
-    """Its steps after the checkpoint take the place of those that were logged before."""
+    """Its steps after the checkpoint replace the steps that were logged before."""
     folder, _ = tensorboard
     before = json.loads((folder / "trackers.json").read_text())
     train_run(
@@ -120,16 +120,16 @@ class FailingTracker:
 
 
 class HangingTracker:
-    """Until the test ends."""
+    """A tracker whose log_row does not return until the test ends."""
 
     destination = "opened"
-    let_go = threading.Event()
+    test_has_ended = threading.Event()
 
     def __init__(self, start):
         pass
 
     def log_row(self, step, numbers):
-        self.let_go.wait(600)
+        self.test_has_ended.wait(600)
 
 
 @pytest.mark.parametrize(
@@ -143,14 +143,16 @@ class HangingTracker:
         (HangingTracker, "tracker wandb: did not finish in time"),
     ],
 )
-def test_a_tracker_that_is_down_or_hangs_stops_no_run(world, tmp_path, monkeypatch, kind, message):
+def test_a_tracker_that_fails_or_hangs_does_not_stop_the_run(
+    world, tmp_path, monkeypatch, kind, message
+):
     monkeypatch.setitem(tracking.TRACKER_CLASSES, "wandb", kind)
     monkeypatch.setattr(tracking, "CLOSE_LIMIT_S", 0.2)
-    HangingTracker.let_go.clear()
+    HangingTracker.test_has_ended.clear()
     try:
         folder, printed = train_run(world, tmp_path / "run", "grpo.report_to=wandb")
     finally:
-        HangingTracker.let_go.set()
+        HangingTracker.test_has_ended.set()
     assert message in printed
     assert "metrics.jsonl contains every row" in printed
     assert len(train_world.read_rows(folder)) == STEPS
@@ -247,8 +249,8 @@ def test_tables_hold_flat_columns_and_no_markup():
     assert table.splitlines()[2] == "| &lt;b&gt;&#124;&#42;&#42;x&#42;&#42;<br> |"
 
 
-def test_other_trackers_go_through_the_callbacks_of_transformers(tmp_path, monkeypatch):
-    """Here transformers' own callback for TensorBoard, which needs no account."""
+def test_other_trackers_use_the_callbacks_of_transformers(tmp_path, monkeypatch):
+    """The test uses transformers' callback for TensorBoard, because it needs no account."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import TrainerControl, TrainerState
 

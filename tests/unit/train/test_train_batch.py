@@ -1,4 +1,4 @@
-"""An auto micro-batch belongs to the run that began with it."""
+"""A resumed run keeps the micro-batch that was chosen automatically at its start."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def config(**grpo: Any) -> RunConfig:
 
 
 def checkpoint(folder: Path, **grpo: Any) -> Path:
-    """A checkpoint's state.json, as far as it is read here."""
+    """Write the part of a checkpoint's state.json that the tests read, and return the folder."""
     written = {f"grpo.{key}": value for key, value in {**AUTO, **grpo}.items()}
     (folder / "state.json").write_text(json.dumps({"run": written}))
     return folder
 
 
-def cut(config: RunConfig) -> tuple[Any, Any]:
+def split_of(config: RunConfig) -> tuple[Any, Any]:
     return tuple(config.grpo[key] for key in micro_batch_record.SPLIT_KEYS)
 
 
-def test_what_a_checkpoint_was_made_with_stays(tmp_path: Path) -> None:
+def test_the_recorded_micro_batch_is_used(tmp_path: Path) -> None:
     found = checkpoint(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=8)
-    assert cut(micro_batch_record.with_recorded(config(), found)) == (4, 8)
-    assert cut(micro_batch_record.with_recorded(config(), None)) == ("auto", "auto")
+    assert split_of(micro_batch_record.with_recorded(config(), found)) == (4, 8)
+    assert split_of(micro_batch_record.with_recorded(config(), None)) == ("auto", "auto")
     written = config(per_device_train_batch_size=16, gradient_accumulation_steps=2)
     assert micro_batch_record.with_recorded(written, found) is written
 
@@ -47,30 +47,34 @@ def test_what_a_checkpoint_was_made_with_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "grpo",
     [
-        {"generation_batch_size": 64},  # another run: sizing chooses, and the change is told
+        # The number of completions per step changed: sizing chooses, and the change is reported.
+        {"generation_batch_size": 64},
         {"generation_batch_size": 16},
     ],
 )
-def test_another_generation_batch_is_not_cut_in_the_old_way(
+def test_the_recorded_micro_batch_is_not_used_for_another_generation_batch(
     tmp_path: Path, grpo: dict[str, int]
 ) -> None:
     found = checkpoint(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=8)
-    assert cut(micro_batch_record.with_recorded(config(**grpo), found)) == ("auto", "auto")
+    assert split_of(micro_batch_record.with_recorded(config(**grpo), found)) == ("auto", "auto")
 
 
-def test_a_checkpoint_without_numbers_leaves_the_choice_open(tmp_path: Path) -> None:
-    assert cut(micro_batch_record.with_recorded(config(), checkpoint(tmp_path))) == ("auto", "auto")
+def test_a_checkpoint_without_numbers_leaves_auto_unchanged(tmp_path: Path) -> None:
+    assert split_of(micro_batch_record.with_recorded(config(), checkpoint(tmp_path))) == (
+        "auto",
+        "auto",
+    )
 
 
-def test_what_is_recorded_are_the_numbers() -> None:
+def test_the_resolved_numbers_are_recorded() -> None:
     resolved = config(per_device_train_batch_size=8, gradient_accumulation_steps=4)
-    assert cut(micro_batch_record.config_to_record(config(), resolved)) == (8, 4)
+    assert split_of(micro_batch_record.config_to_record(config(), resolved)) == (8, 4)
     assert micro_batch_record.config_to_record(resolved, config()) is resolved
 
 
-def test_the_tokens_of_a_pass_stay_as_the_checkpoint_has_them(tmp_path: Path) -> None:
+def test_the_recorded_pack_tokens_are_used(tmp_path: Path) -> None:
     found = checkpoint(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=8)
-    # A version before pack_tokens was cut by rows; so is what resumes it.
+    # A version without pack_tokens split batches by rows. The resumed run does the same.
     assert micro_batch_record.with_recorded(config(), found).runtime.pack_tokens == "auto"
     state = json.loads((tmp_path / "state.json").read_text())
     state["run"]["runtime.pack_tokens"] = 5000

@@ -1,5 +1,5 @@
-"""How a generation batch is cut into micro-batches changes no gradient, but for the losses that
-rule GRPO029 refuses.
+"""The split of a generation batch into micro-batches does not change the gradient, except for the
+losses that rule GRPO029 refuses.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def first_step(folder: Path, micro: int, **grpo: Any) -> dict[str, Any]:
-    """What one step of 16 completions logs, cut into micro-batches of ``micro``."""
-    cut = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 16 // micro}
-    trainer = make_trainer(folder, max_steps=1, generation_batch_size=16, **cut, **grpo)
+    """The logged row of a step of 16 completions, split into micro-batches of ``micro``."""
+    split = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 16 // micro}
+    trainer = make_trainer(folder, max_steps=1, generation_batch_size=16, **split, **grpo)
     trainer.train()
     return history(trainer)[0]
 
 
 def norms(folder: Path, **grpo: Any) -> tuple[float, float]:
     whole, parts = (first_step(folder, micro, **grpo) for micro in (16, 4))
-    assert whole["reward"] == parts["reward"]  # the same completions
+    assert whole["reward"] == parts["reward"]  # both runs draw the same completions
     return whole["grad_norm"], parts["grad_norm"]
 
 
@@ -36,7 +36,7 @@ def norms(folder: Path, **grpo: Any) -> tuple[float, float]:
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("luspo", "vespo")),
     ],
 )
-def test_the_cut_is_not_felt(tmp_path: Path, loss_type: str) -> None:
+def test_the_split_does_not_change_the_gradient_norm(tmp_path: Path, loss_type: str) -> None:
     whole, parts = norms(tmp_path, loss_type=loss_type)
     assert parts == pytest.approx(whole, rel=1e-4)
 
@@ -44,6 +44,6 @@ def test_the_cut_is_not_felt(tmp_path: Path, loss_type: str) -> None:
 @pytest.mark.parametrize(
     "grpo", [{"loss_type": "bnpo"}, {"top_entropy_quantile": 0.5}], ids=["bnpo", "quantile"]
 )
-def test_what_is_refused_with_auto_feels_it(tmp_path: Path, grpo: dict[str, Any]) -> None:
+def test_refused_losses_depend_on_the_split(tmp_path: Path, grpo: dict[str, Any]) -> None:
     whole, parts = norms(tmp_path, **grpo)
     assert parts != pytest.approx(whole, rel=1e-3)

@@ -1,4 +1,4 @@
-"""Peaks by phase, from statistics that are set by hand: what torch counts and the card has."""
+"""Memory peaks of each phase. The tests set the statistics of torch and of the card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 @dataclass
 class Card:
-    """A device of 80 GiB in the terms of torch's allocator, and an engine whose cache can sleep."""
+    """A card of 80 GiB with statistics of torch's allocator, and an engine that can sleep."""
 
     now: int = 0
     cached: int = 0
@@ -62,7 +62,7 @@ class Card:
 
     def wake(self) -> None:
         if self.sleeping:
-            self.cached = self.now  # as engine/sleep does before it maps the cache
+            self.cached = self.now  # engine/sleep does this before it maps the cache
         self.woken.append(self.sleeping)
         self.sleeping = 0
 
@@ -71,10 +71,10 @@ class Card:
 
 
 def steps(card: Card, *, cache: int) -> PhasePeaks:
-    """Two steps: 3 GiB of weights, a cache, rollouts of 2 and steps of 20 and 30 GiB."""
+    """Two steps with weights of 3 GiB, a cache, rollouts of 2 GiB, training of 20 and 30 GiB."""
     peaks = PhasePeaks(card)
     card.take(50 * GIB)
-    card.free(50 * GIB)  # loading, which belongs to no phase
+    card.free(50 * GIB)  # loading belongs to no phase
     card.cached = 0
     card.cache = cache
     card.take(3 * GIB + cache)
@@ -101,24 +101,24 @@ def test_each_phase_has_its_own_peak() -> None:
     }
 
 
-def test_a_sleeping_cache_is_not_the_trainers() -> None:
+def test_a_sleeping_cache_does_not_count_for_the_trainer() -> None:
     card = Card()
     terms = steps(card, cache=60 * GIB).terms()
     assert terms["peak.rollout"] == 65 * GIB
-    assert terms["peak.training"] == 33 * GIB  # not 93 of a card of 80
+    assert terms["peak.training"] == 33 * GIB  # not 93 GiB: the card has 80 GiB
     assert terms["trainer.step"] == 30 * GIB
     assert terms["card.used"] == 66 * GIB
     assert card.woken == [0, 60 * GIB]
 
 
-def test_what_is_not_measured_is_not_told() -> None:
+def test_phases_without_a_measurement_have_no_terms() -> None:
     peaks = PhasePeaks(Card())
     peaks.begin()
     peaks.end_training()
     assert peaks.terms() == {}
 
 
-def test_a_rollout_that_fails_leaves_the_next_phase_to_be_measured() -> None:
+def test_the_phase_after_a_failed_rollout_is_measured() -> None:
     card = Card()
     peaks = PhasePeaks(card)
     peaks.begin()
@@ -140,8 +140,8 @@ def test_a_rollout_that_fails_leaves_the_next_phase_to_be_measured() -> None:
 ACCOUNT = {"engine.loaded": 3 * GIB, "engine.kv": 60 * GIB}
 
 
-def test_memory_json_is_what_calibrate_reads(tmp_path: Path) -> None:
-    """Every name that is written is one that is read, beside the two of the card."""
+def test_calibrate_reads_memory_json(tmp_path: Path) -> None:
+    """Each written name, except card.used and card.total, is a name that calibrate reads."""
     peaks = steps(Card(), cache=60 * GIB)
     peaks.account = ACCOUNT
     written = peaks.write(tmp_path)
@@ -160,7 +160,7 @@ def test_memory_json_is_what_calibrate_reads(tmp_path: Path) -> None:
     assert rows["peak.torch"].measured == 65 * GIB
 
 
-def test_the_peak_so_far_is_that_of_the_step_under_way(tmp_path: Path) -> None:
+def test_the_peak_so_far_is_that_of_the_current_step(tmp_path: Path) -> None:
     card = Card()
     peaks = PhasePeaks(card)
     peaks.begin()
@@ -190,7 +190,7 @@ def test_on_the_cpu_nothing_is_measured(tmp_path: Path, engine: object) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_fails_leaves_what_was_measured(
+def test_a_failed_run_writes_its_measurements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = Card()

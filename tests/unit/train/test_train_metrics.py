@@ -1,4 +1,4 @@
-"""The logs of a run: what is in a row, where it is cut, what is printed."""
+"""The logs of a run: the names in a row, the truncation on resume, and the printed lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from toolkit.train.report.progress import Progress, step_line
 TIMINGS = {"tokens_per_s": 1234.0, "step_s": 0.5}
 
 
-def test_a_row_has_our_names_first_then_every_other_in_order():
+def test_a_row_has_the_leading_metrics_first_then_all_others_in_order():
     logs = {
         "loss": 0.5,
         "z": 1,
@@ -42,7 +42,7 @@ def test_a_row_has_our_names_first_then_every_other_in_order():
     ]
 
 
-def test_an_evaluation_has_names_of_its_own_and_no_wall_clock():
+def test_an_evaluation_has_its_own_names_and_no_timings():
     logs = {
         "eval_reward": 0.5,
         "eval_runtime": 3.0,
@@ -58,7 +58,7 @@ def test_an_evaluation_has_names_of_its_own_and_no_wall_clock():
     }
 
 
-def test_numbers_that_are_none_are_null():
+def test_nan_and_infinity_are_null():
     assert to_json_value({"a": math.nan, "b": [math.inf, 1], "c": (True, None, "x")}) == {
         "a": None,
         "b": [None, 1],
@@ -66,7 +66,7 @@ def test_numbers_that_are_none_are_null():
     }
 
 
-def test_the_journal_is_cut_to_where_the_checkpoint_knows_it(tmp_path):
+def test_the_journal_is_truncated_to_the_positions_of_the_checkpoint(tmp_path):
     journal = Journal(tmp_path)
     journal.write("metrics.jsonl", {"step": 1})
     known = journal.positions()
@@ -81,14 +81,14 @@ def test_the_journal_is_cut_to_where_the_checkpoint_knows_it(tmp_path):
     assert (tmp_path / "completions.jsonl").read_bytes() == b""
 
 
-def test_a_run_that_begins_again_begins_empty(tmp_path):
+def test_a_run_that_starts_again_has_empty_logs(tmp_path):
     for name in LOG_FILES:
         (tmp_path / name).write_text("old\n")
     Journal(tmp_path).close()
     assert all((tmp_path / name).read_bytes() == b"" for name in LOG_FILES)
 
 
-def test_a_log_is_a_file_of_its_own(tmp_path):
+def test_a_log_must_be_a_regular_file(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     for make in (lambda p: p.symlink_to(victim), os.mkfifo, os.mkdir):
@@ -100,7 +100,7 @@ def test_a_log_is_a_file_of_its_own(tmp_path):
     assert victim.read_text() == "precious"
 
 
-def test_what_somebody_else_does_to_a_log_is_seen(tmp_path):
+def test_a_change_of_a_log_by_another_process_is_noticed(tmp_path):
     journal = Journal(tmp_path)
     journal.write("metrics.jsonl", {"step \ud800": 1})
     assert journal.changed_logs() == []
@@ -112,14 +112,14 @@ def test_what_somebody_else_does_to_a_log_is_seen(tmp_path):
     journal.close()
 
 
-def test_a_plain_stream_gets_whole_lines_of_one_width():
+def test_a_stream_that_is_not_a_terminal_gets_aligned_lines():
     stream = io.StringIO()
     progress = Progress(stream, total=100)
     for step in range(1, 101):
         row = {"step": step, "reward": step / 100, "reward_std": 0.5, "loss": -0.001, "kl": None}
         progress(row, TIMINGS)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 35  # the first, every third, the last
+    assert len(lines) == 35  # the first step, every third step, and the last step
     assert "\r" not in stream.getvalue()
     assert len({line.index("loss") for line in lines}) == 1
     assert lines[-1].startswith("step 100/100  reward  1.000 ± 0.500  loss  -0.0010")
@@ -132,7 +132,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("kind", "lines"), [("xterm", 100), ("dumb", 35)])
-def test_only_a_terminal_that_can_gets_lines_written_over(monkeypatch, kind, lines):
+def test_lines_are_overwritten_only_in_a_terminal_that_supports_this(monkeypatch, kind, lines):
     monkeypatch.setenv("TERM", kind)
     stream = Terminal()
     progress = Progress(stream, total=100)
@@ -143,7 +143,7 @@ def test_only_a_terminal_that_can_gets_lines_written_over(monkeypatch, kind, lin
     assert stream.getvalue().count("\n") == 35
 
 
-def test_every_nth_line_where_the_run_file_says_so():
+def test_every_nth_step_is_printed_if_the_run_file_asks_for_it():
     stream = io.StringIO()
     progress = Progress(stream, total=20, every=10)
     for step in range(1, 21):
@@ -155,7 +155,7 @@ def test_every_nth_line_where_the_run_file_says_so():
     ]
 
 
-def test_a_skipped_step_says_so():
+def test_the_line_of_a_skipped_step_has_the_reason():
     drawn = {"dynamic_sampling/no_spread_before": 0.5, "dynamic_sampling/no_spread_after": 0.125}
     assert step_line({"step": 1, **drawn}, TIMINGS, 10, 3.0).endswith("no spread 50% -> 12%")
     line = step_line({"step": 1, "loss": None, "skipped": 1.0}, TIMINGS, 10, 3.0)
@@ -170,11 +170,11 @@ def test_an_evaluation_line():
 
 
 def test_a_huge_prompt_or_completion_keeps_its_start_and_its_end():
-    said = "a" * 300_000 + "b" * 300_000
-    kept = shorten_message(said)
+    text = "a" * 300_000 + "b" * 300_000
+    kept = shorten_message(text)
     assert kept == "a" * 100_000 + "... (400000 characters left out) ..." + "b" * 100_000
     assert shorten_message("a" * 200_000) == "a" * 200_000
-    chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}] * 3
+    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": text}] * 3
     assert len(str(shorten_message(chat))) < 201_000
     assert len(shorten_message([{}] * 10**6)) <= 200_001
     assert shorten_message([{"role": "user", "content": "x", "tool_calls": None}]) == [

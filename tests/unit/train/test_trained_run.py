@@ -1,4 +1,4 @@
-"""Which adapter or checkpoint of a run folder is read."""
+"""The choice of the adapter or checkpoint that is read from a run folder."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_folders_without_a_usable_run_are_refused(tmp_path: Path) -> None:
         open_run(tmp_path)
 
 
-def test_generation_needs_no_checkpointing(tmp_path: Path) -> None:
+def test_generation_turns_gradient_checkpointing_off(tmp_path: Path) -> None:
     run = _write_run(tmp_path / "run")
     _write_checkpoint(run, 1)
     config = with_engine(open_run(run).config, "vllm")
@@ -85,11 +85,11 @@ CHAT = '{"prompt": [{"role": "user", "content": "x"}]}'
 
 
 @pytest.mark.parametrize(
-    ("dataset", "line", "found"),
+    ("dataset", "line", "expected"),
     [
-        ({"chat": True}, '{"prompt": "x"}', True),  # config.json decides
+        ({"chat": True}, '{"prompt": "x"}', True),  # dataset.chat decides
         ({"chat": False, "system": "s"}, CHAT, False),
-        # Versions before dataset.chat: the first completion, else the system prompt.
+        # Versions without dataset.chat: the first completion decides, else the system prompt.
         ({}, CHAT, True),
         ({"system": "s"}, '{"prompt": "x"}', False),
         ({}, "", False),
@@ -99,10 +99,10 @@ CHAT = '{"prompt": [{"role": "user", "content": "x"}]}'
     ],
 )
 def test_prompts_are_in_the_format_of_the_run(
-    tmp_path: Path, dataset: dict[str, object], line: str | None, found: bool
+    tmp_path: Path, dataset: dict[str, object], line: str | None, expected: bool
 ) -> None:
     run = _write_run(tmp_path / "run", dataset=dataset)
     _write_checkpoint(run, 1)
     if line is not None:
         (run / "completions.jsonl").write_text(line + "\n")
-    assert trained_on_chats(open_run(run), has_template=True) is found
+    assert trained_on_chats(open_run(run), has_template=True) is expected

@@ -1,5 +1,5 @@
-"""Memory that runs out, numbers that are none: the same gradient in parts, or a step that is
-dropped.
+"""After an out-of-memory error, a step is computed in parts and has the same gradient. A step with
+NaN or infinite values is skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from toolkit.train.trainer import GRPOTrainer
 
 
 class OutOfMemoryTrainer(GRPOTrainer):
-    """Runs out of memory where a training forward is given more than ``limit`` tokens."""
+    """Raises an out-of-memory error if a training forward has more than ``limit`` tokens."""
 
     limit = 30
     refused = 0
@@ -44,16 +44,15 @@ def trained_values(trainer):
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo", "luspo"])
 def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path, loss_type, caplog):
     grpo = {"loss_type": loss_type, "max_steps": 2, "gradient_accumulation_steps": 2, "beta": 0.05}
-    grpo |= {"optim": "sgd", "learning_rate": 0.1}  # Adam would make much of rounding
+    grpo |= {"optim": "sgd", "learning_rate": 0.1}  # Adam would amplify rounding errors
     whole = make_trainer(tmp_path / "a", **grpo)
     whole.train()
     OutOfMemoryTrainer.refused = 0
     parts = make_trainer(tmp_path / "b", kind=OutOfMemoryTrainer, **grpo)
     parts.train()
     assert parts.min_parts >= 4
-    assert (
-        OutOfMemoryTrainer.refused >= 2
-    )  # the whole, its halves; then parts that fit, also in the next step
+    # The whole micro-batch and a half do not fit. Smaller parts fit, also in the next step.
+    assert OutOfMemoryTrainer.refused >= 2
     assert f"the micro-batch is split into {parts.min_parts} parts from now on" in caplog.text
     torch.testing.assert_close(trained_values(parts), trained_values(whole), atol=1e-6, rtol=1e-4)
     rows = [[r for r in t.state.log_history if "loss" in r] for t in (parts, whole)]
@@ -78,7 +77,7 @@ def test_memory_that_never_suffices_is_an_error(tmp_path):
     trainer = make_trainer(tmp_path, kind=Never)
     with pytest.raises(torch.OutOfMemoryError) as refused:
         trainer.train()
-    assert trainer.min_parts == 8  # one row a part
+    assert trainer.min_parts == 8  # one row per part
     translated = step_errors.translate(refused.value, "here")
     assert isinstance(translated, ConfigError)
     assert "per_device_train_batch_size" in translated.fix
@@ -103,7 +102,7 @@ def test_a_rollout_that_does_not_fit_is_repeated_in_halves(tmp_path, caplog):
 
     trainer.model.generate = narrow
     trainer.train()
-    assert seen == [8, 4] + [2] * 8  # what did not fit is not tried again
+    assert seen == [8, 4] + [2] * 8  # a size that did not fit is not tried again
     assert (
         "rollout: out of memory with 8 sequences. From now on at most 4 run at a time"
         in caplog.text
@@ -112,7 +111,7 @@ def test_a_rollout_that_does_not_fit_is_repeated_in_halves(tmp_path, caplog):
 
 
 class NanLossTrainer(GRPOTrainer):
-    """Its loss is no number in the given micro-steps."""
+    """Its loss is NaN in the micro-steps ``at``."""
 
     at = (1,)
 
@@ -180,6 +179,6 @@ def test_a_folder_at_the_path_of_a_file_is_an_error_with_its_path(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(IsADirectoryError) as raised:
         write_file(tmp_path / "x", "text")
-    told = step_errors.translate(raised.value, "here")
-    assert isinstance(told, ConfigError)
-    assert told.where == str(tmp_path / "x")
+    translated = step_errors.translate(raised.value, "here")
+    assert isinstance(translated, ConfigError)
+    assert translated.where == str(tmp_path / "x")

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is the run that never stopped, bit for bit."""
+"""A run that resumes from a checkpoint gives the same bits as a run that never stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from toolkit.train.checkpointing import checkpoint, state_files, trainer_state
 
 CASES = {
     "plain": ({}, [2, 4]),
-    # 12 steps an epoch
+    # 12 steps per epoch
     "epochs": ({"max_steps": -1, "num_train_epochs": 2}, [12, 14]),
     "a generation feeds two steps": (
         {
@@ -77,7 +77,7 @@ def test_an_incomplete_checkpoint_that_was_named_is_an_error(tmp_path):
 
 
 def change_json(folder, name, change):
-    """Alter a JSON file of a checkpoint as its writer would have: checksums are right after it."""
+    """Change a JSON file of a checkpoint, and update the checksums so that they match."""
     described = json.loads((folder / name).read_text())
     (folder / name).write_text(change(described))
     listed = checkpoint._checksums_text(checkpoint._digests(folder))
@@ -145,7 +145,7 @@ def test_a_hostile_checkpoint_is_an_error_with_a_message(tmp_path):
         with pytest.raises(InputError) as refused:
             load_all(trainer, forged)
         assert words in refused.value.message, (name, words)
-    # an evaluation that was due, and no held-out data any more
+    # An evaluation is pending, but the trainer has no evaluation data.
     shutil.rmtree(forged)
     shutil.copytree(sound, forged)
     change_json(forged, "state.json", with_values(pending_evaluation=True))

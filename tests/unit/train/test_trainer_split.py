@@ -1,6 +1,6 @@
-"""A run of processes that share a model learns what one process learns, stores what one stores, and
-goes on with another number of processes. Without an engine: Hugging Face generation on the split
-model, over gloo.
+"""Processes that share a model train the same adapter and write the same checkpoint as one process,
+and the run resumes with another number of processes. The tests use no engine, but Hugging Face
+generation on the split model, with the backend gloo.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.slow
 def train_in_processes(
     folder: Path, world: int, size: int, steps: int, mode: str = "fresh"
 ) -> list[Any]:
-    """What each of ``world`` processes found, ``size`` of which share a model."""
+    """The report of each of ``world`` processes. Groups of ``size`` processes share a model."""
     port = free_port()
-    words = [sys.executable, str(WORKER), str(size), str(folder), str(steps), mode]
+    command = [sys.executable, str(WORKER), str(size), str(folder), str(steps), mode]
     workers = [
         subprocess.Popen(
-            words, env=child_environment(rank, world, port), stdout=subprocess.PIPE, text=True
+            command, env=child_environment(rank, world, port), stdout=subprocess.PIPE, text=True
         )
         for rank in range(world)
     ]
@@ -51,7 +51,7 @@ def max_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """Four steps of one process."""
+    """A run of four steps in one process: (folder, reports)."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     return folder, train_in_processes(folder, 1, 1, 4)
 
@@ -63,13 +63,17 @@ def test_processes_that_share_a_model_train_as_one_process_does(
     folder = tmp_path / "run"
     reports = train_in_processes(folder, world, size, 4)
     for rank, report in enumerate(reports):
-        assert report["seen"] == [world // size, rank // size], "what TRL takes for the run"
-        assert report["called"] == (rank % size == 0), "rewards are called once a group"
+        assert report["seen"] == [world // size, rank // size], (
+            "TRL must count each group as one process"
+        )
+        assert report["called"] == (rank % size == 0), (
+            "only the first process of a group calls the rewards"
+        )
         assert report["cut"] > 0
         assert report["check"]["unchanged"]
         assert max_difference(saved_adapter(folder, rank), saved_adapter(one_process[0])) < 1e-4
         assert max_difference(saved_adapter(folder, rank), saved_adapter(folder, 0)) == 0
-    if world == size:  # with replicas the planted part of the reward is another row's
+    if world == size:  # the rows of a run with replicas are not compared
         for row, expected_row in zip(reports[0]["rows"], one_process[1][0]["rows"], strict=True):
             for name, value in expected_row.items():
                 if value is None:  # nothing was measured
@@ -79,7 +83,7 @@ def test_processes_that_share_a_model_train_as_one_process_does(
 
 
 def test_processes_that_share_a_model_resample_the_same_groups(tmp_path: Path) -> None:
-    """Dynamic sampling and the curriculum: two groups of two processes, and one process."""
+    """With dynamic sampling and the curriculum, two groups of two processes match one process."""
     one_process = train_in_processes(tmp_path / "alone", 1, 1, 3, "choose")
     reports = train_in_processes(tmp_path / "four", 4, 2, 3, "choose")
     rows = one_process[0]["rows"]
@@ -94,7 +98,7 @@ def test_processes_that_share_a_model_resample_the_same_groups(tmp_path: Path) -
             < 1e-4
         )
         for own_row, expected_row in zip(report["rows"], rows, strict=True):
-            # None: nothing was measured before the first step.
+            # None: the value was not measured before the first step.
             for name, value in expected_row.items():
                 expected = value and pytest.approx(value, rel=1e-3, abs=1e-5)
                 assert own_row[name] == expected, (rank, name)
@@ -109,7 +113,7 @@ def test_out_of_memory_in_one_process_repeats_the_step_in_all(
     for rank, report in enumerate(reports):
         failures = ["forward", "backward", "end"] if rank == victim else []
         assert report["failures"] == failures
-        assert report["parts"] == 8, "cut in two three times, in both processes"
+        assert report["parts"] == 8, "both processes must halve the micro-batch three times"
         assert report["micro steps"] == 4
         assert max_difference(saved_adapter(folder, rank), saved_adapter(one_process[0])) < 1e-4
         assert max_difference(saved_adapter(folder, rank), saved_adapter(folder, 0)) == 0
@@ -139,5 +143,5 @@ def test_a_checkpoint_is_complete_and_resumes_with_any_number_of_processes(
     straight = tmp_path / "straight"
     train_in_processes(straight, 2, 2, 4)
     assert max_difference(saved_adapter(two), saved_adapter(straight)) == 0, (
-        "a resumed run has the same bytes"
+        "a resumed run must have the same bytes"
     )

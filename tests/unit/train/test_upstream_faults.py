@@ -16,7 +16,7 @@ from toolkit.train.upstream_errors import TOOLKIT_FOLDER
 
 
 def fake_run(**grpo: Any) -> Any:
-    """The fields of a RunConfig that are read."""
+    """The fields of a RunConfig that the translation reads."""
     return SimpleNamespace(grpo=grpo, source="run.yaml")
 
 
@@ -46,7 +46,7 @@ CASES = {
 def test_an_upstream_error_names_the_keys_that_caused_it(tmp_path, name) -> None:
     grpo, words = CASES[name]
     rows = ROWS[:4] if "eval_strategy" in grpo else None
-    with pytest.raises(Exception) as raised:  # noqa: PT011 - of whatever class upstream chooses
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - upstream chooses the class
         make_trainer(tmp_path, eval_rows=rows, **grpo).train()
     error = step_errors.translate(raised.value, "runs/x", fake_run(**grpo))
     assert isinstance(error, ConfigError)
@@ -56,12 +56,12 @@ def test_an_upstream_error_names_the_keys_that_caused_it(tmp_path, name) -> None
     assert f"grpo.{first} is {grpo[first]!r}" in error.message
     assert "`envcheck explain grpo." in error.fix
     assert step_errors.translate(raised.value, "runs/x", fake_run(beta=0.0)) is None, (
-        "no key of its own"
+        "the run file has no key that caused the error"
     )
 
 
 def test_an_error_in_toolkit_code_that_upstream_calls_is_a_defect() -> None:
-    """Upstream calls a function of ours, which raises: the key that led there is not to blame."""
+    """If a toolkit function that upstream calls raises, no key of the run file is the cause."""
 
     def in_toolkit(step: int) -> float:
         raise KeyError(step)

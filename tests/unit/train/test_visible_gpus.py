@@ -1,4 +1,4 @@
-"""What a run says of the GPUs that it does not use, and how many processes use them all."""
+"""The message of a run about unused GPUs, and the number of processes for all visible GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards that say nothing are counted in the metrics, and said once."""
+"""Steps without a reward signal are counted in the metrics, and reported once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def row(step: int, reward: float | None, flat: float) -> dict[str, Any]:
-    return {"step": step, "loss": 0.0, "reward": reward, "frac_reward_zero_std": flat}
+def row(step: int, reward: float | None, share_without_spread: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": 0.0,
+        "reward": reward,
+        "frac_reward_zero_std": share_without_spread,
+    }
 
 
 def test_equal_rewards_for_many_steps_are_reported_once(tmp_path: Path) -> None:
@@ -72,7 +77,7 @@ def test_evaluations_and_steps_without_new_completions_do_not_count(tmp_path: Pa
 
 
 def test_a_resumed_run_continues_the_count(tmp_path: Path) -> None:
-    """metrics.jsonl is the same whether a run was cut or not."""
+    """metrics.jsonl must be the same for an interrupted run and an uninterrupted run."""
     rows = [{**row(1, 0.0, 1.0), COUNT_METRIC: 7}, {"step": 1, "eval/reward": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     watch = RewardWatch(tmp_path, lambda _: None)

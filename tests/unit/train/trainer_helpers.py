@@ -1,4 +1,4 @@
-"""Small trainers for tests: the demo's untaught model with an adapter, and a reward that varies."""
+"""Small trainers for tests: the untrained model of the demo with an adapter, and rewards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 14) for
 
 
 def ones(completions: list[str], **_: Any) -> list[float]:
-    """The share of ones: something that differs between completions from the first step on."""
+    """The share of the digit 1. It differs between completions from the first step on."""
     return [c.count("1") / max(1, len(c)) for c in completions]
 
 
@@ -39,7 +39,7 @@ def make_policy(**settings: Any) -> Any:
 
 
 def put_engine(model: Any, tokenizer: Any) -> TransformersEngine:
-    """Make the model look as one of FastLanguageModel with an engine on it, without vLLM."""
+    """Set a TransformersEngine on the model, as FastLanguageModel sets an engine of vLLM."""
     engine = TransformersEngine(
         model, pad_id=tokenizer.pad_token_id, end_ids=[tokenizer.eos_token_id], tokenizer=tokenizer
     )
@@ -103,6 +103,6 @@ def adapter_digest(trainer: GRPOTrainer) -> str:
 
 
 def history(trainer: GRPOTrainer) -> list[dict[str, Any]]:
-    """What was logged, less the wall clock."""
+    """The logged rows of the training steps, without times."""
     rows = [row for row in trainer.state.log_history if "loss" in row]
     return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
