@@ -1,8 +1,8 @@
-"""Order of the suite: what imports vLLM into the test process runs last.
+"""The order of the tests: test files that import vLLM into the test process run last.
 
-vLLM changes its process: the factory of log records, classes of transformers, configs registered
-under their names. Tests of everything else see a process that it has not been in. (`just test`
-hands files to workers in this order.)
+vLLM changes its process: the factory of log records, classes of transformers, and registered
+configs. All other tests run before, in a process without vLLM. (`just test` gives files to workers
+in this order.)
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import hypothesis
 if TYPE_CHECKING:
     import pytest
 
-# A busy machine is no fault of what is tested.
+# On a busy machine, hypothesis' deadline would fail tests of correct code.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
-# The fixtures share a base in a folder beside them, as the user of a tree of run files may.
+# Run files of the fixtures extend a base file in another folder. This variable allows that.
 os.environ["TOOLKIT_EXTENDS_FROM"] = str(Path(__file__).parent / "fixtures")
 
 IMPORTS_VLLM = re.compile(
@@ -32,13 +32,14 @@ IMPORTS_VLLM = re.compile(
 
 @cache
 def changes_the_process(path: Path) -> bool:
-    """Whether a test file brings vLLM into this process, as far as its text tells."""
+    """Whether a test file imports vLLM into this process, according to its folder or its text."""
     return path.parent.name == "engine" or IMPORTS_VLLM.search(path.read_text()) is not None
 
 
-def place(item: pytest.Item) -> int:
-    """0: what needs an untouched process. 1: the families, which load every architecture with
-    transformers beside vLLM and so come before the rest of vLLM's tests. 2: that rest.
+def position_in_suite(item: pytest.Item) -> int:
+    """0: tests that need a process without vLLM. 1: the tests of model families, which load every
+    architecture with transformers and with vLLM, and so run before the other tests of vLLM. 2: the
+    other tests of vLLM.
     """
     if not changes_the_process(item.path):
         return 0
@@ -46,5 +47,5 @@ def place(item: pytest.Item) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Stable: within each part the order stays, so files stay whole."""
-    items.sort(key=place)
+    """Sort the tests. The sort is stable, so the tests of a file stay together."""
+    items.sort(key=position_in_suite)

@@ -1,6 +1,8 @@
-"""`just bench`: how long the light commands and the demo take, and how much memory.
+"""`just bench`: the time and the memory that the light commands and the demo take.
 
-A benchmark and not a timed test: it prints figures beside their goals and exits 0 either way.
+This is a benchmark, not a test: it prints each figure next to its goal, and the exit code is 0 even
+if a goal is missed.
+
 Run: python tests/bench/bench_commands.py [--no-demo]
 """
 

@@ -1,11 +1,11 @@
-"""``envcheck validate`` beside check-jsonschema on the same files and the same schema, as ratios
-of one run.
+"""Compare ``envcheck validate`` with check-jsonschema on the same files and the same schema.
 
 python tests/bench/bench_validate.py [--files 2000] [--repeat 5]
 
-check-jsonschema is taken from beside this Python or from CHECK_JSONSCHEMA. The two are run in
-turn, so that what else the machine does falls on both. It only checks the structure; envcheck
-runs every rule besides. Exit code 1 when a ratio is above its bound.
+The results are ratios of times from one run. The path of check-jsonschema is CHECK_JSONSCHEMA, or
+it is next to this Python, or on PATH. The two commands alternate, so that other load of the machine
+affects both. check-jsonschema checks only the structure of a file; envcheck also runs every rule.
+The exit code is 1 if a ratio or the memory of envcheck is above its bound.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def run_timed(command: list[str]) -> tuple[float, float]:
 
 
 def find_check_jsonschema() -> str:
-    """The peer's command."""
+    """The path of check-jsonschema."""
     sibling = Path(sys.executable).with_name("check-jsonschema")
     command = os.environ.get("CHECK_JSONSCHEMA") or (
         str(sibling) if sibling.exists() else shutil.which("check-jsonschema")
@@ -97,7 +97,7 @@ def find_check_jsonschema() -> str:
 
 
 def measure(folder: Path, files: int, repeat: int) -> dict[str, float]:
-    """The medians of both commands, on one file and on many."""
+    """The median times of both commands, on one file and on many, and their ratios."""
     ours = [str(Path(sys.executable).with_name("envcheck")), "validate"]
     peer = [find_check_jsonschema(), "--schemafile", str(ROOT / "schemas" / "run.schema.json")]
     names = []
@@ -130,7 +130,7 @@ def measure(folder: Path, files: int, repeat: int) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measure, print, judge."""
+    """Measure, print the figures, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--repeat", type=int, default=7)

@@ -1,8 +1,8 @@
-"""What overlap, speculative decoding and over-sampling could save at most, by arithmetic: `python
-tests/bench/bound_overlap.py`. docs/rollout-bounds.md shows the result for 8B, uneven lengths.
+"""Compute what overlap, speculative decoding and over-sampling could save at most: `python
+tests/bench/bound_overlap.py`. docs/rollout-bounds.md shows the result for 8B and uneven lengths.
 
-Lengths are geometric and cut off. A decode step takes the same time for one sequence as for all:
-8B measured 6.9 ms for 8 sequences and 7.8 ms for 64.
+The lengths have a geometric distribution with a maximum. A decode step takes the same time for one
+sequence as for all: with 8B, the measured times were 6.9 ms for 8 sequences and 7.8 ms for 64.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ SIMULATED_STEPS = 4000
 def sample_lengths(
     draw: np.random.Generator, sequences: int, mean: int, max_length: int
 ) -> np.ndarray:
-    """(draws, sequences) tokens."""
+    """The lengths in tokens, with the shape (SIMULATED_STEPS, sequences)."""
     return np.minimum(draw.geometric(1 / mean, size=(SIMULATED_STEPS, sequences)), max_length)
 
 
 def overlapped_seconds(
     lengths_DGN: np.ndarray, step_s: float, training_s: float
 ) -> tuple[float, float]:
-    """(seconds of a step, seconds with overlap that costs nothing): a group is trained when its
-    last completion has ended, one group after another.
+    """(mean seconds of a step without overlap, mean seconds with overlap that has no cost). With
+    overlap, a group is trained as soon as its last completion has ended and the previous group is
+    trained.
     """
     tokens_DG = lengths_DGN.sum(2)
     work_DG = training_s * tokens_DG / tokens_DG.sum(1).mean()

@@ -1,8 +1,10 @@
-"""Fixture nodes: a base (a whole recorded node) with changes, and what each check should say.
+"""Fixture nodes: a base (a complete recorded node) with changes, and the expected verdict of each
+check.
 
-A case has ``change`` (dotted path -> value; ``*`` stands for every item of a list, or, last, for
-every reading of a row but its state), ``quirks`` of the fake NVML, ``arguments`` of the command,
-``run`` (overrides of a small run file) and ``expect``: exit codes and every verdict that is not ok.
+A case has ``change`` (dotted path -> value; ``*`` means every item of a list; as the last part of a
+path, it means every reading of a row, except the state), ``quirks`` of the fake NVML, ``arguments``
+of the command, ``run`` (overrides of a small run file) and ``expect``: exit codes and every verdict
+that is not ok.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Case:
     changed: tuple[str, ...] = ()
 
     def run_file(self, folder: Path) -> Path | None:
-        """The run file of the case, with a data file beside it; None where it has none."""
+        """Write the run file of the case and a data file next to it. None if the case has none."""
         if self.run is None:
             return None
         (folder / "train.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
@@ -49,17 +51,17 @@ class Case:
     def envcheck(
         self, folder: Path, *arguments: str, fake: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Run the installed command as if on the case's node; with ``fake`` False, on this one."""
+        """Run the installed command on the node of the case, or with ``fake`` False on this one."""
         with self.start(folder, *arguments, fake=fake) as process:
             try:
-                out, told = process.communicate(timeout=60)
+                stdout, stderr = process.communicate(timeout=60)
             except BaseException:
                 process.kill()
                 raise
-        return subprocess.CompletedProcess(process.args, process.returncode, out, told)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def start(self, folder: Path, *arguments: str, fake: bool = True) -> subprocess.Popen[str]:
-        """The same, without waiting for its end."""
+        """Start the same command, but do not wait for its end."""
         file = folder / "node.json"
         file.write_text(json.dumps({"node": self.node, "quirks": self.quirks}))
         environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -75,18 +77,18 @@ class Case:
 
 
 def names() -> list[str]:
-    """Every case."""
+    """The name of every case."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def base(name: str) -> dict[str, Any]:
-    """A whole node, a fresh copy."""
+    """A new copy of a complete recorded node."""
     data: dict[str, Any] = json.loads((FOLDER / "bases" / f"{name}.json").read_text())
     return data
 
 
 def load(name: str) -> Case:
-    """A case with its changes made."""
+    """A case. Its changes are applied to the node."""
     data = json.loads((FOLDER / f"{name}.json").read_text())
     node = base(data["base"])
     for path, value in data.get("change", {}).items():
@@ -103,21 +105,21 @@ def load(name: str) -> Case:
     )
 
 
-def change(place: Any, path: list[str], value: Any) -> None:
-    """Set what a dotted path names."""
+def change(parent: Any, path: list[str], value: Any) -> None:
+    """Set the value at a dotted path below ``parent``."""
     head, *rest = path
-    if head == "*" and isinstance(place, list):
-        for item in place:
+    if head == "*" and isinstance(parent, list):
+        for item in parent:
             change(item, rest, value)
     elif head == "*":
-        for key in [key for key in place if key not in ("index", "slices", "state")]:
+        for key in [key for key in parent if key not in ("index", "slices", "state")]:
             if value is None:
-                del place[key]
+                del parent[key]
             else:
-                place[key] = value
+                parent[key] = value
     elif rest:
-        change(place[int(head)] if isinstance(place, list) else place[head], rest, value)
-    elif isinstance(place, list):
-        place[int(head)] = value
+        change(parent[int(head)] if isinstance(parent, list) else parent[head], rest, value)
+    elif isinstance(parent, list):
+        parent[int(head)] = value
     else:
-        place[head] = value
+        parent[head] = value

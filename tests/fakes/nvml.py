@@ -2,10 +2,11 @@
 
 pynvml looks every C function up as an attribute of ``pynvml.nvmlLib`` and calls it with ctypes
 arguments; ``install`` puts a ``FakeNvml`` there, so pynvml itself (its structs, its buffer sizes,
-its error classes) runs for real. It lives with the tests and is installed nowhere.
+its error classes) is the real one. The package does not contain this module.
 
-``quirks`` say what readings cannot: ``missing`` C functions of an old driver, ``hang_s`` seconds
-that the start takes, ``memory_version`` and ``process_version`` of a driver.
+``quirks`` say what readings cannot: ``missing`` lists the C functions that an old driver does not
+have, ``hang_s`` is the time in seconds that the initialization takes, and ``lost_handle`` is the
+index of a GPU that gives no handle.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ class FakeNvml(FunctionTable):
     def c_nvmlDeviceGetFieldValues(self, handle: Any, count: Any, values: Any) -> None:
         assert number_of(count) == 1
         slot = target(values)[0]
-        assert slot.fieldId == 230, "the only field that is asked"
+        assert slot.fieldId == 230, "the toolkit asks for this field only"
         try:
             slot.value.uiVal, slot.nvmlReturn = self.value(handle, "recovery_action"), SUCCESS
         except Failure as failure:
@@ -234,9 +235,9 @@ class FakeNvml(FunctionTable):
 
 
 def install(node: dict[str, Any], quirks: dict[str, Any] | None = None) -> FakeNvml:
-    """Make pynvml talk to this node for the rest of the process.
+    """Make pynvml read this node for the rest of the process.
 
-    A node without NVML's library (code 12) leaves pynvml as it is: the loader's failure is real.
+    If the node has no NVML library (code 12), pynvml is unchanged, and its loader really fails.
     """
     import pynvml
 

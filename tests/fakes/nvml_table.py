@@ -1,4 +1,4 @@
-"""What a fake C library stands on: functions as ctypes gives them, handles, recorded answers."""
+"""The base of a fake C library: functions as in ctypes, handles, and recorded answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 SUCCESS, NOT_SUPPORTED, NOT_FOUND, INSUFFICIENT_SIZE, LOST = 0, 3, 6, 7, 15
 UNKNOWN, VERSION_MISMATCH, INVALID_ARGUMENT, NO_SUCH_LIBRARY = 999, 25, 2, 12
-SLICE_BASE = 1000  # a slice's handle is SLICE_BASE * (card + 1) + slice + 1, a card's is card + 1
+SLICE_BASE = 1000  # handle of a card: card + 1; of a slice: SLICE_BASE * (card + 1) + slice + 1
 NO_MEMORY_FIGURE = (1 << 64) - 1
 
 
@@ -19,7 +19,7 @@ class Failure(Exception):
 
 
 class CFunction:
-    """What ``getattr(CDLL, name)`` gives: callable, with attributes that callers may set."""
+    """Like ``getattr(CDLL, name)``: a callable whose attributes a caller may set."""
 
     def __init__(self, body: Any) -> None:
         self.body = body
@@ -42,14 +42,14 @@ def set_handle(reference: Any, number: int) -> None:
 
 
 def number_of(value: Any) -> int:
-    """A C integer argument, wrapped or not."""
+    """The value of a C integer argument, which may be wrapped by ctypes."""
     return int(getattr(value, "value", value))
 
 
 class FunctionTable:
-    """The C functions of a library that knows one node: methods ``c_NAME``, or those of ``plain``.
+    """The C functions of a library for one node: methods ``c_NAME``, or functions in ``plain``.
 
-    ``calls`` counts every one that was called.
+    ``calls`` has the number of calls of each function.
     """
 
     plain: ClassVar[dict[str, Any]] = {}
@@ -83,7 +83,7 @@ class FunctionTable:
         row = self.row(handle)
         answer = row.get(name)
         if "state" in row and "value" not in row["state"]:
-            answer = row["state"]  # a lost card answers everything with its loss
+            answer = row["state"]  # every reading of a lost card fails with the code in its state
         return self.unwrap(answer)
 
     @staticmethod
@@ -96,7 +96,7 @@ class FunctionTable:
 
 
 def recorded(field: str, key: str | None = None) -> Any:
-    """A C function ``(handle, out)`` that gives one recorded number."""
+    """A C function ``(handle, out)`` that writes one recorded number to ``out``."""
 
     def body(fake: FunctionTable, handle: Any, out: Any) -> None:
         value = fake.value(handle, field)

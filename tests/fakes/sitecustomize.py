@@ -1,7 +1,8 @@
-"""Loaded by Python at start-up where this folder is on PYTHONPATH: the commands then see a node.
+"""Python loads this module at start-up if its folder is on PYTHONPATH. The commands then read a
+recorded node instead of this machine.
 
-TOOLKIT_TEST_NODE names a file with {"node": ..., "quirks": ...}: NVML answers from it at pynvml's
-function table, and the readings of files, host and packages are replaced by the recorded ones.
+TOOLKIT_TEST_NODE names a file with {"node": ..., "quirks": ...}. The function table of pynvml
+answers from this file, and recorded readings replace those of driver files, host and packages.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Feed the reader of adapters what nobody would save: an adapter, or an error, soon.
+"""Read adapters with arbitrary content: the result must be an adapter or a ToolkitError, in time.
 
 python tests/fuzz/fuzz_adapters.py [20000] [--seconds 3600] [--seed 0] [--workers 2]
 """
@@ -66,7 +66,7 @@ def check_input(
     in_weights: list[Change],
     base: bytes | None,
 ) -> float:
-    """One adapter's folder; the seconds that it took."""
+    """Write and read one adapter folder, and return the processor time in seconds."""
     text = json.dumps(GOOD | config).encode() if whole is None else whole
     (folder / ADAPTER_CONFIG).write_bytes(mutate(text, in_config[1:]))
     (folder / ADAPTER_WEIGHTS).write_bytes(mutate(TENSORS, in_weights[:-1]))
@@ -82,7 +82,7 @@ def _read(folder: Path) -> None:
 
 
 def run_round(one: tuple[int, int]) -> Round:
-    """One round."""
+    """Check one round of inputs: ``one`` is (number of inputs, seed)."""
     with tempfile.TemporaryDirectory() as folder:
         return run_inputs(lambda *drawn: check_input(Path(folder), *drawn), *one, *INPUT)
 

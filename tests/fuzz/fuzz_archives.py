@@ -1,4 +1,5 @@
-"""Feed the unpacker what nobody would pack: files inside the folder, or an error, soon.
+"""Unpack archives with arbitrary content: the result must be files inside the folder or a
+ToolkitError, in time.
 
 python tests/fuzz/fuzz_archives.py [20000] [--seconds 3600] [--seed 0] [--workers 2]
 """
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from toolkit.base.archives import unpack
 from toolkit.base.errors import ToolkitError
 
-# Archives that contain a name twice are made on purpose.
+# Some archives deliberately contain a name twice.
 warnings.filterwarnings("ignore", message="Duplicate name")
 
 MEGABYTES = 400.0
@@ -48,7 +49,7 @@ PACK = {"tar": bytes, "tgz": gzip.compress, "tbz": bz2.compress, "txz": lzma.com
 def build_archive(
     members: list[tuple[str, bytes, bytes, int | None]], form: str, pax: bool
 ) -> bytes:
-    """An archive of the members, with the sizes that they claim."""
+    """An archive of the members. In a tar file, the header has the given size, even a wrong one."""
     if form == "zip":
         return _zip(members)
     sink = io.BytesIO()
@@ -86,7 +87,7 @@ INPUT = (st.lists(MEMBER, max_size=4), FORMS, st.booleans(), st.lists(change, ma
 
 
 def check_input(folder: Path, members: Any, form: str, pax: bool, changes: list[Change]) -> float:
-    """One archive; the seconds that it took."""
+    """Write and unpack one archive, and return the processor time in seconds."""
     path, into = folder / "packed" / f"a.{form}", folder / "into"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(mutate(build_archive(members, form, pax), changes))
@@ -114,7 +115,7 @@ def _unpack_and_check(path: Path, into: Path) -> None:
 
 
 def run_round(one: tuple[int, int]) -> Round:
-    """One round."""
+    """Check one round of inputs: ``one`` is (number of inputs, seed)."""
     with tempfile.TemporaryDirectory() as folder:
         return run_inputs(lambda *drawn: check_input(Path(folder), *drawn), *one, *INPUT)
 

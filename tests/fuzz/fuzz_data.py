@@ -1,10 +1,10 @@
-"""Feed the readers of data files what nobody would write: rows, or an error for a person, soon.
+"""Read data files with arbitrary content: the result must be rows or a ToolkitError, in time.
 
 python tests/fuzz/fuzz_data.py [20000] [--seconds 3600] [--seed 0] [--workers 2]
 
-Files of every kind are made and then cut, changed and spliced; each is looked at by the validator
-and read for training. Both must agree: what the validator finds no fault with, and has seen whole,
-training can read, but for the types of its columns.
+The script makes files of every type, and then truncates, changes and splices them. The validator
+checks each file, and training reads it. Both must agree: if the validator has read a whole file and
+reports no problem, training can read the file, except for the types of its columns.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ ROWS = st.lists(row, max_size=4) | st.lists(plain, max_size=4) | st.lists(chats,
 
 
 def encode_rows(rows: list[dict[str, Any]], suffix: str) -> bytes:
-    """A file of ``rows``; of what the kind cannot hold, something near it."""
+    """A file of ``rows``. If the file type cannot hold them, the content is similar to them."""
     if suffix.endswith(".gz"):
         return gzip.compress(encode_rows(rows, suffix.removesuffix(".gz")), compresslevel=1)
     if suffix in (".parquet", ".arrow"):
@@ -100,7 +100,7 @@ INPUT = (
 def check_input(
     folder: Path, rows: list[dict[str, Any]], suffix: str, changes: list[Change], limit: int | None
 ) -> float:
-    """One file through both readers; the seconds that it took."""
+    """Check one file with both readers, and return the processor time in seconds."""
     path = folder / f"data{suffix}"
     path.write_bytes(mutate(encode_rows(rows, suffix), changes))
     return measure_seconds(lambda: _compare_scan_and_training(path, limit))
@@ -116,13 +116,13 @@ def _compare_scan_and_training(path: Path, limit: int | None) -> None:
         refused = error
     seen = facts.is_complete and facts.columns is not None
     if isinstance(refused, InputError):
-        assert facts.problem or not seen, f"only training refuses it: {refused}"
+        assert facts.problem or not seen, f"only training refuses the file: {refused}"
     elif refused is None and limit is None:
-        assert facts.problem in (None, "has no rows"), f"only validate refuses it: {facts}"
+        assert facts.problem in (None, "has no rows"), f"only validate refuses the file: {facts}"
 
 
 def _read_every_row(table: pa.Table) -> None:
-    """What training does next with the columns."""
+    """Process the columns as training does after it has read a file."""
     if "prompt" in table.column_names:
         found, _ = data_checks.parse_prompts(table["prompt"].to_pylist())
         assert len(found) == len(table)
@@ -133,7 +133,7 @@ def _read_every_row(table: pa.Table) -> None:
 
 
 def run_round(one: tuple[int, int]) -> Round:
-    """One round."""
+    """Check one round of inputs: ``one`` is (number of inputs, seed)."""
     with tempfile.TemporaryDirectory() as folder:
         return run_inputs(lambda *drawn: check_input(Path(folder), *drawn), *one, *INPUT)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MAX_SECONDS_PER_INPUT = 2.0
 INPUTS_PER_ROUND = 1000
 
-Round = tuple[int, float, float]  # inputs, the longest's seconds, peak megabytes
+Round = tuple[int, float, float]  # number of inputs, seconds of the longest, peak megabytes
 
 chunk = st.binary(max_size=6) | st.sampled_from([b"\0", b"\xff" * 8, b"\x7f" * 8, b"9" * 12, b"-"])
 change = st.tuples(st.floats(0, 1), st.floats(0, 0.2), chunk, st.integers(0, 3))
@@ -32,8 +32,8 @@ Change = tuple[float, float, bytes, int]
 
 
 def mutate(base: bytes, changes: list[Change]) -> bytes:
-    """``base`` with pieces replaced: each change names where, how much goes, and what comes,
-    repeated.
+    """``base`` with pieces replaced. A change has the relative position, the square root of the
+    share that is removed, the piece that is inserted, and the number of its repetitions.
     """
     for where, share, piece, times in changes:
         start = int(where * len(base))
@@ -43,7 +43,7 @@ def mutate(base: bytes, changes: list[Change]) -> bytes:
 
 
 def measure_seconds(call: Callable[[], None]) -> float:
-    """The seconds of processor time that ``call`` took, which are bounded."""
+    """Run ``call``, and return its processor time in seconds, which must be below the limit."""
     start = time.process_time()
     call()
     elapsed_s = time.process_time() - start
@@ -54,7 +54,7 @@ def measure_seconds(call: Callable[[], None]) -> float:
 def run_inputs(
     check_input: Callable[..., float], count: int, seed_number: int, *strategies: Any
 ) -> Round:
-    """One round of ``count`` inputs, drawn from seed ``seed_number``."""
+    """Check one round of ``count`` inputs that are drawn with the seed ``seed_number``."""
     progress = {"inputs": 0, "longest": 0.0}
 
     @seed(seed_number)
@@ -78,7 +78,7 @@ def run_inputs(
 def main(
     run_round: Callable[[tuple[int, int]], Round], description: str, *, count: int, megabytes: float
 ) -> int:
-    """Draw and check the inputs, and print the result. ``run_round`` belongs to the script."""
+    """Run ``run_round`` of a script on all inputs, print the result, and return the exit code."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("count", nargs="?", type=int, default=count)
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop drawing after so long")
@@ -86,8 +86,8 @@ def main(
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     start = time.monotonic()
-    # In rounds, so that the clock is looked at: hypothesis itself cannot be told to stop. A round
-    # is drawn from its number, so that the inputs are the same with any number of workers.
+    # hypothesis has no time limit for all inputs, so the time is checked after each round. The seed
+    # of a round follows from its number, so the inputs are the same with any number of workers.
     rounds = [
         (min(INPUTS_PER_ROUND, arguments.count - begin), arguments.seed + begin)
         for begin in range(0, arguments.count, INPUTS_PER_ROUND)

@@ -1,13 +1,13 @@
-"""Feed the validator what nobody would write: it must give findings and an exit code, each time,
-soon.
+"""Validate run files with arbitrary content: each time, the validator must print findings and give
+an exit code, in time.
 
 python tests/fuzz/fuzz_run_file.py [100000] [--seconds 3600] [--seed 0] [--workers 2]
 
-Inputs are drawn by hypothesis: raw bytes, the fixtures with bytes changed, cut, repeated and
-spliced, deep nesting, wide and huge values, bombs of aliases, byte-order marks and other
-encodings, in all formats, with overrides. Each goes through the command in this process. A
-traceback, more than 2 s for one input, or more than 300 MB for the process end the run with exit
-code 1 and the input shrunk and printed.
+hypothesis draws the inputs: raw bytes, fixtures with bytes that are changed, removed, repeated and
+spliced, deep nesting, wide and huge values, aliases that expand to huge values, byte-order marks
+and other encodings, in all formats, with overrides. The command runs for each input in this
+process. A traceback, or more than 2 s for one input, ends the run with exit code 1, and the shrunk
+input is printed. The exit code is also 1 if the process takes more than 300 MB.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def nested(unit: tuple[bytes, bytes], depth: int, core: bytes) -> bytes:
 
 
 def alias_bomb(levels: int, width: int) -> bytes:
-    """Aliases of aliases."""
+    """YAML aliases of aliases, whose value is exponentially larger than their text."""
     lines = [b"a0: &a0 [x, x]"]
     for level in range(1, levels):
         lines.append(
@@ -99,7 +99,7 @@ INPUT = (
         st.sampled_from([b"a%d: 1\n", b"- %d\n", b"[t%d]\n", b"{a%d: [1]}\n"]), st.integers(0, 3000)
     ).map(lambda pair: b"".join(pair[0] % number for number in range(pair[1])))
 )
-# Whether the text is rewritten too.
+# Whether the command also rewrites the file (--fix).
 FIX = st.sampled_from([False, False, False, True])
 OVERRIDE = st.sampled_from(
     [None] * 6
@@ -108,7 +108,7 @@ OVERRIDE = st.sampled_from(
 
 
 def check_input(path: Path, form: str, override: str | None, fix: bool = False) -> float:
-    """One input through the command; the seconds of processor time that it took."""
+    """Run the command on one input, and return the processor time in seconds."""
     arguments = [str(path), "--format", form]
     if override is not None:
         arguments += ["--set", override]
@@ -124,22 +124,24 @@ def check_input(path: Path, form: str, override: str | None, fix: bool = False) 
         code = end.code
     took = time.process_time() - start
     assert code in CODES, f"exit code {code}"
-    assert output.getvalue() or form == "github", "an exit code and nothing said"
+    assert output.getvalue() or form == "github", "an exit code without output"
     assert took < MAX_SECONDS_PER_INPUT, f"{took:.1f} s for one input"
     return took
 
 
 def run_round(one: tuple[int, int]) -> Round:
-    """One round."""
+    """Check one round of inputs: ``one`` is (number of inputs, seed)."""
     with tempfile.TemporaryDirectory() as folder:
         files = {suffix: Path(folder) / f"run{suffix}" for suffix in SUFFIXES}
 
-        def judged(data: bytes, suffix: str, form: str, override: str | None, fix: bool) -> float:
+        def check_drawn_input(
+            data: bytes, suffix: str, form: str, override: str | None, fix: bool
+        ) -> float:
             files[suffix].write_bytes(data)
             return check_input(files[suffix], form, override, fix)
 
         drawn = (st.sampled_from(SUFFIXES), st.sampled_from(list(PRINTERS)), OVERRIDE, FIX)
-        return run_inputs(judged, *one, INPUT, *drawn)
+        return run_inputs(check_drawn_input, *one, INPUT, *drawn)
 
 
 if __name__ == "__main__":

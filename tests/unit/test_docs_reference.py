@@ -1,4 +1,4 @@
-"""Every rule, check, key, exit code and symptom has its page, and every page belongs to one."""
+"""Every rule, check, key, exit code and symptom has a page, and there are no other pages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOCS = ROOT / "docs"
 
 
 def load(name: str) -> Any:
-    """A module of docs/, which is not a package."""
+    """Import a module of docs/, which is not a package."""
     spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -41,7 +41,7 @@ def pages() -> dict[str, str]:
 
 
 def test_every_id_has_a_page_and_every_page_its_id(pages: dict[str, str]) -> None:
-    wanted = {
+    expected = {
         "rules": set(all_rules()),
         "checks": set(checks_by_id()),
         "keys": {name.replace("[]", "") for name, _ in all_keys()},
@@ -55,7 +55,7 @@ def test_every_id_has_a_page_and_every_page_its_id(pages: dict[str, str]) -> Non
     for path in pages:
         _, kind, name = path.removesuffix(".md").split("/")
         found.setdefault(kind, set()).add(name)
-    assert {kind: names - {"index"} for kind, names in found.items()} == wanted
+    assert {kind: names - {"index"} for kind, names in found.items()} == expected
     assert all("index" in names for kind, names in found.items() if kind != "import")
 
 
@@ -83,7 +83,7 @@ def test_the_sizing_page_shows_the_current_output() -> None:
     assert current.split() == shown.split(), "run `just docs-pictures size`"
 
 
-def test_the_picture_of_the_progress_is_that_of_the_shown_output() -> None:
+def test_the_picture_of_the_progress_matches_the_shown_output() -> None:
     pictures = load("pictures")
     text = (pictures.PICTURES / "demo.txt").read_text(encoding="utf-8")
     for suffix, columns in pictures.COLUMNS.items():
@@ -120,7 +120,7 @@ def test_findings_point_to_their_page(tmp_path: Path, pages: dict[str, str]) -> 
     text = output("text", environ)
     linked = set(re.findall(r"see: https://docs\.example\.org/toolkit/(\S+)/$", text, re.MULTILINE))
     assert linked
-    assert {f"{place}.md" for place in linked} <= set(pages)
+    assert {f"{page}.md" for page in linked} <= set(pages)
     rules = json.loads(output("sarif", environ))["runs"][0]["tool"]["driver"]["rules"]
     assert all(rule["helpUri"].endswith(f"/reference/rules/{rule['id']}/") for rule in rules)
     without = {name: value for name, value in os.environ.items() if name != "TOOLKIT_DOCS_URL"}

@@ -12,7 +12,7 @@ PACKAGES = "base|cli|config|engine|gpu|policy|sizing|train"
 PATHS = re.compile(
     rf"(?<![\w/.])(?:toolkit/)?((?:{PACKAGES})(?:/\w+)+)(\.py)?(?:\.([A-Za-z_]\w*))?"
 )
-UPSTREAM = {"config/lora.py"}  # a file of vLLM's that config/libraries reads
+UPSTREAM = {"config/lora.py"}  # a file of vLLM that config/libraries reads
 DOCUMENTS = [
     "ARCHITECTURE.md", "CONTRIBUTING.md", "README.md", "SECURITY.md",
     *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))),
@@ -20,13 +20,13 @@ DOCUMENTS = [
 
 
 def missing_paths(text: str) -> list[str]:
-    """Paths below toolkit/ in ``text`` that are neither a file nor a folder, or lack the name."""
+    """The paths below toolkit/ in ``text`` that do not exist or do not contain the given name."""
     found = []
     for path, suffix, name in PATHS.findall(text):
         place = ROOT / "toolkit" / path
         module = place.with_suffix(".py")
         if not suffix and name and (ROOT / "toolkit" / f"{path}.{name}").is_file():
-            continue  # a file that is not Python, with its suffix
+            continue  # the name is the suffix of a file that is not Python
         if not (place.is_dir() and not suffix) and not module.is_file():
             found.append(path + suffix)
         elif (

@@ -1,4 +1,4 @@
-"""Imports inside the package have no cycle: at module level, in functions or for types."""
+"""The imports of the package have no cycle, at module level, in functions and for types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(toolkit.__file__).parent
 
 
 def modules() -> dict[str, str]:
-    """Dotted name -> text."""
+    """{dotted name: source text} of the modules of the package."""
     found = {}
     for path in ROOT.rglob("*.py"):
         *folders, name = (ROOT.name, *path.relative_to(ROOT).with_suffix("").parts)
@@ -26,18 +26,18 @@ def modules() -> dict[str, str]:
 
 
 def imports(text: str) -> Iterator[tuple[str, str]]:
-    """(``module.name``, ``module``) for each name that is imported, wherever that is written."""
+    """(``module.name``, ``module``) for each imported name, also inside functions."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.module is not None
-            assert node.level == 0, "imports are absolute"
+            assert node.level == 0, "imports must be absolute"
             yield from ((f"{node.module}.{alias.name}", node.module) for alias in node.names)
 
 
 def find_cycle(sources: dict[str, str]) -> list[str]:
-    """One cycle, as the modules on it; empty if there is none."""
+    """The modules of one cycle; empty if there is no cycle."""
     edges = {}
     for name, text in sources.items():
         found = {full if full in sources else module for full, module in imports(text)}

@@ -1,7 +1,7 @@
-"""Texts are plain English: idioms that a reader has to decode stay out of strings, comments,
-docstrings, documents and schemas.
+"""Texts are plain English: strings, comments, docstrings, documents and schemas contain no idioms
+of a list.
 
-``IDIOMS`` is the word list: a pattern, and what to write instead.
+``IDIOMS`` is the list: a pattern, and what to write instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DOCUMENTS = (
     *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "examples").rglob("*.md"))),
 )
 PENDING: tuple[str, ...] = ()
-"""Not yet rewritten. Remove an entry when its texts are done; add none."""
+"""Files whose texts are not yet plain. Remove an entry when its texts are plain; add none."""
 
 _NOUNS = (
     "adapter|file|folder|integer|JSON|key|list|mapping|multiple|name|norm|number|object|path|rank|"
@@ -66,8 +66,9 @@ _PATTERNS = [
 
 
 def texts(path: Path) -> list[tuple[int, str]]:
-    """(line, text) of what a person reads in a file: comments and strings of a module, with strings
-    that Python joins as one text; of other files everything, paragraph by paragraph.
+    """(line number, text) for each text that a person reads in a file. In a module, these are
+    comments and strings, and strings that Python joins are one text. In other files, it is each
+    line.
     """
     content = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
@@ -114,8 +115,8 @@ def test_texts_are_plain(part: str) -> None:
     wrong = []
     for path in files():
         name = path.relative_to(ROOT).as_posix()
-        wanted = name in DOCUMENTS if part == "documents" else name.startswith(inside)
-        if not wanted or name.startswith(PENDING):
+        is_in_part = name in DOCUMENTS if part == "documents" else name.startswith(inside)
+        if not is_in_part or name.startswith(PENDING):
             continue
         for line, text in texts(path):
             wrong += [f"{name}:{line}: {one}" for one in idioms(text)]

@@ -1,5 +1,5 @@
-"""A file uses the private names of its own classes alone. Those of upstream that have no public
-form are listed here.
+"""A file uses private names of its own classes only. Private names of upstream that have no public
+alternative are listed here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ROOT = Path(toolkit.__file__).parent
 
 STANDARD = ("_replace", "_field_defaults", "_exit", "_Hash")
-"""Names of Python's own that are documented: of named tuples, os and hashlib's type stubs."""
+"""Documented names of Python itself: of named tuples, of os, and of hashlib's type stubs."""
 
 UPSTREAM = {
     "_run_exitfuncs": "Python 3.14's atexit: a worker that leaves with os._exit runs them itself",
@@ -99,7 +99,7 @@ def uses(text: str) -> Iterator[tuple[int, str]]:
 
 
 def found() -> dict[str, str]:
-    """Private name -> the place of a use, over the package."""
+    """{private name: the place of one use} in the whole package."""
     return {
         name: f"{path.relative_to(ROOT)}:{line}"
         for path in sorted(ROOT.rglob("*.py"))
@@ -111,7 +111,7 @@ def found() -> dict[str, str]:
 def test_only_the_listed_private_names_of_others_are_used() -> None:
     names = found()
     assert {name: place for name, place in names.items() if name not in UPSTREAM} == {}
-    assert set(UPSTREAM) - set(names) == set(), "listed, but not used any more"
+    assert set(UPSTREAM) - set(names) == set(), "these names are listed, but not used"
 
 
 def test_a_use_is_found() -> None:
