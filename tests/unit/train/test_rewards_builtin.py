@@ -15,7 +15,7 @@ from toolkit.train.rewards.builtin import inside_tag, text_of
 
 
 def score(name: str, completion: Any, answer: Any = "x", **options: Any) -> float | None:
-    """The score of one completion. load_rewards loads the reward, which is called as by TRL."""
+    """The score of one completion. load_rewards loads the reward, and the call is as in TRL."""
     config = RunConfig(
         model=ModelSection(model_name="m"),
         # test_rewards_worker.py tests math_verify in its own process.

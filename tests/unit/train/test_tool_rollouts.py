@@ -59,7 +59,7 @@ def schema(name: str) -> dict[str, Any]:
 
 
 class Host:
-    """Replaces the worker process. An answer has the number of the step. The seed 1 fails."""
+    """Replaces the worker process. An answer names the step. An episode with seed 1 fails."""
 
     schema = schema("step")
 

@@ -1,4 +1,4 @@
-"""Which upstream errors are caused by keys of the run file, and which are defects."""
+"""Upstream errors that keys of the run file cause, and upstream errors that are defects."""
 
 from __future__ import annotations
 
