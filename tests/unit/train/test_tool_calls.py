@@ -147,7 +147,7 @@ def test_a_lone_surrogate_is_escaped(tools: dict[str, Any]) -> None:
 
 
 def test_a_failure_can_end_the_run(tmp_path: Path) -> None:
-    """The tool runs without a worker (reward.isolate: false). Wrong arguments end no run."""
+    """The tool runs in this process (reward.isolate: false). Wrong arguments do not end the run."""
     bad = load(tmp_path, None, ["bad", "later"], on_error="fail")["bad"]
     with pytest.raises(CallFailed, match="wrong arguments"):
         bad(who="me")
