@@ -35,7 +35,7 @@ UPSTREAM = {
     "_can_set_attn_implementation": "transformers 5.17: whether attention can be exchanged",
     "_attn_implementation": "transformers 5.17: the attention of a config",
     "_adapters_disabled": "PEFT 0.21.2: inside disable_adapter()",
-    "_register_custom_module": "PEFT 0.21.2: its seam for custom layers",
+    "_register_custom_module": "PEFT 0.21.2: registration of custom layers",
     "_hf_hook": "accelerate: a layer whose weights a hook moves",
     "_registry": "vLLM 0.25: backends of sleep",
     "_all_group_ranks_share_shm_group_name": "vLLM 0.25: groups of one process",
