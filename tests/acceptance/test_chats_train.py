@@ -100,7 +100,7 @@ def test_rewards_that_are_all_none_give_one_warning(instruct: Path, tmp_path: Pa
     assert [row["steps_without_signal"] for row in result.rows()] == [1, 2]
 
 
-def test_impossible_chat_settings_are_errors(instruct: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_dataset_is_an_error(instruct: Path, tmp_path: Path) -> None:
     folder = world(tmp_path / "w", instruct, dataset={"path": None})
     (result,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert result.returncode == 1

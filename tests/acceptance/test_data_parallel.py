@@ -69,14 +69,14 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize(("alone", "together", "both"), SPLITS)
-def test_two_ranks_train_as_one_rank_does(run_file, tmp_path, alone, together, both):
+@pytest.mark.parametrize(("one_rank", "each_rank", "common"), SPLITS)
+def test_two_ranks_train_as_one_rank_does(run_file, tmp_path, one_rank, each_rank, common):
     steps = "grpo.max_steps=4"
     one, two = tmp_path / "one", tmp_path / "two"
     pid = world.fork_run(
-        run_file, tmp_path / "one.txt", f'runtime.output_dir="{one}"', steps, *alone, *both
+        run_file, tmp_path / "one.txt", f'runtime.output_dir="{one}"', steps, *one_rank, *common
     )
-    wait_for_success(ranks.start_ranks(run_file, two, steps, *together, *both), two)
+    wait_for_success(ranks.start_ranks(run_file, two, steps, *each_rank, *common), two)
     assert world.wait_for_exit(pid) == 0, (tmp_path / "one.txt").read_text()
     texts = [
         [(row["step"], row["prompt"], row["completion"]) for row in world.read_rows(d, COMPLETIONS)]
@@ -243,9 +243,9 @@ def test_a_launcher_on_each_of_two_nodes_starts_one_run(run_file, tmp_path):
 def test_two_vllm_engines_train_as_one_engine_does(run_file, tmp_path, steps):
     pytest.importorskip("vllm")
     one, two = tmp_path / "one", tmp_path / "two"
-    both = ("runtime.engine=vllm", f"grpo.max_steps={steps}", "grpo.num_generations=4")
+    common = ("runtime.engine=vllm", f"grpo.max_steps={steps}", "grpo.num_generations=4")
     wait_for_success(
-        ranks.start_ranks(run_file, two, "grpo.per_device_train_batch_size=6", *both), two
+        ranks.start_ranks(run_file, two, "grpo.per_device_train_batch_size=6", *common), two
     )
     logs = [(tmp_path / f"two-{n}.jsonl").read_text() for n in (0, 1)]
     assert logs[0] == logs[1]
@@ -255,7 +255,7 @@ def test_two_vllm_engines_train_as_one_engine_does(run_file, tmp_path, steps):
         return
     output_override = f'runtime.output_dir="{one}"'
     whole = "grpo.per_device_train_batch_size=12"
-    pid = world.fork_run(run_file, tmp_path / "one.txt", output_override, whole, *both)
+    pid = world.fork_run(run_file, tmp_path / "one.txt", output_override, whole, *common)
     assert world.wait_for_exit(pid) == 0, (tmp_path / "one.txt").read_text()
     rows = [[row["completion"] for row in world.read_rows(d, COMPLETIONS)] for d in (one, two)]
     assert rows[0] == rows[1]

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.slow
 ENVIRONMENT = {"adapter": "reasoning_gym", "task": "leg_counting", "size": 12, "eval_size": 2}
 
 
-def test_a_run_in_an_environment(tmp_path: Path) -> None:
+def test_a_run_on_the_tasks_of_reasoning_gym(tmp_path: Path) -> None:
+    """The run trains to its end. With another ``environment.seed``, it cannot be resumed."""
     folder = make_world(
         tmp_path / "world",
         make_model(tmp_path),

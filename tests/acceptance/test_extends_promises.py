@@ -51,19 +51,19 @@ def test_no_line_of_a_file_outside_the_folder_is_shown(
     assert rule in text
 
 
-def test_the_message_does_not_tell_whether_a_file_outside_exists(tmp_path: Path) -> None:
+def test_the_message_does_not_show_whether_a_file_outside_exists(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"extends: /nowhere/base.yaml\n{VALID_RUN_FILE}")
     assert "DOC016" in validate_output(tmp_path / "run.yaml")[1]
 
 
-@pytest.mark.parametrize("deep", [False, True])
-def test_a_base_in_an_allowed_folder_is_read(tmp_path: Path, deep: bool) -> None:
+@pytest.mark.parametrize("through_middle", [False, True])
+def test_a_base_in_an_allowed_folder_is_read(tmp_path: Path, through_middle: bool) -> None:
     folder = tmp_path / "runs"
     folder.mkdir()
     (tmp_path / "base.yaml").write_text(VALID_RUN_FILE)
     (folder / "middle.yaml").write_text("extends: ../base.yaml\n")
     run_file = folder / "run.yaml"
-    run_file.write_text(f"extends: {'middle.yaml' if deep else '../base.yaml'}\n")
+    run_file.write_text(f"extends: {'middle.yaml' if through_middle else '../base.yaml'}\n")
     code, text = validate_output(run_file)
     assert (code, "DOC016" in text) == (1, True)
     assert f"TOOLKIT_EXTENDS_FROM={tmp_path}" in text

@@ -126,14 +126,14 @@ def adapter(folder: Path) -> dict[str, Any]:
     return load_file(folder / "out" / "adapter" / "adapter_model.safetensors")
 
 
-def check_refused(run: FinishedCommand, *words: str) -> None:
+def check_refused(run: FinishedCommand, *messages: str) -> None:
     """Check that the run ended with exit code 1 and one error message, which has a fix."""
     assert run.returncode == 1, run.stderr
     assert "Traceback" not in run.stdout + run.stderr
     assert sum(line.startswith("error: ") for line in run.stderr.splitlines()) == 1
     assert "  fix: " in run.stderr
-    for word in words:
-        assert word in run.stderr
+    for message in messages:
+        assert message in run.stderr
 
 
 def test_out_of_memory_in_a_step_loses_no_step(results) -> None:
@@ -192,16 +192,16 @@ def test_several_steps_with_a_nan_loss_stop_the_run_and_save_the_batch(results) 
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "messages"),
     [
         ("hangs", ("reward score took longer than 1 s", "or raise reward.timeout_s")),
         ("returns infinity", ("reward score returned inf", "fix the function, or")),
         ("returns a text", ("reward score returned a str", "fix the function, or")),
     ],
 )
-def test_a_failing_reward_ends_the_run_and_saves_its_sample(results, name, words) -> None:
+def test_a_failing_reward_ends_the_run_and_saves_its_sample(results, name, messages) -> None:
     run = results[name]
-    check_refused(run, *words, "bad_rewards.jsonl", "reward.on_error: none")
+    check_refused(run, *messages, "bad_rewards.jsonl", "reward.on_error: none")
     (record,) = rows(run, "bad_rewards.jsonl")
     assert record["reward"] == "score"
     assert checkpoints(run) == ["checkpoint-1"]

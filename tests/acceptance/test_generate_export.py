@@ -218,7 +218,7 @@ def test_export_from_a_checkpoint_of_an_unfinished_run(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "code", "message"),
     [
         (("generate", "/nowhere", "hi"), 2, "is not a run folder: config.json is missing"),
         (("generate", "RUN"), 2, "Missing argument 'PROMPTS...'"),
@@ -241,7 +241,7 @@ def test_wrong_arguments_are_short_errors(
     tmp_path: Path,
     arguments: tuple[str, ...],
     code: int,
-    words: str,
+    message: str,
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
@@ -249,7 +249,7 @@ def test_wrong_arguments_are_short_errors(
     places |= {"PIPE": str(tmp_path / "pipe"), "LINK": str(tmp_path / "link")}
     result = run_in_process(*(places.get(argument, argument) for argument in arguments))
     assert result.returncode == code, result.stderr
-    assert words in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
