@@ -16,7 +16,10 @@ TEMPLATE = (
 
 
 def make_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
-    """One token per word of the vocabulary, else <unk>. Without ``chat``, texts begin with <s>."""
+    """Return a tokenizer with one token per word of its vocabulary, and <unk> for other words.
+
+    With ``chat``, the tokenizer has a chat template. Without, it adds <s> in front of each text.
+    """
     words = [f"w{number}" for number in range(50)] + list(
         "abcdefghijklmnopqrstuvwxyz .,<>/0123456789"
     )

@@ -1,4 +1,6 @@
-"""Reward functions that misbehave; where they take a list, for the completion "bad" alone."""
+"""Reward functions that misbehave. Those that call ``_each`` misbehave only for the completion
+"bad".
+"""
 
 import asyncio
 import atexit
@@ -144,7 +146,7 @@ def _native():
 
 
 def native(completions, **kwargs):
-    """Native code that keeps the interpreter lock."""
+    """Run native code that keeps the interpreter lock."""
     return _each(completions, _native)
 
 
@@ -163,7 +165,7 @@ def _math_verifys_way(seconds):
 
 
 def own_alarm(completions, **kwargs):
-    """Takes the limit's own alarm away, and then hangs."""
+    """Cancel the alarm of the time limit, and then hang."""
 
     def hang():
         _math_verifys_way(0)

@@ -1,4 +1,6 @@
-"""Run folders as a real run leaves them, with made-up numbers that move as a real run's do."""
+"""Write run folders with the files of a real run. The numbers are made up, but they change over
+the steps like those of a real run.
+"""
 
 from __future__ import annotations
 
@@ -77,12 +79,12 @@ def completions(step: int, steps: int, dice: random.Random) -> list[dict[str, An
         for _ in range(6):
             right_one = dice.random() < 0.2 + 0.75 * step / steps
             total = left + right if right_one else left + right + dice.choice([-10, -1, 1, 10])
-            said = f"<think>{left} + {right} = {total}</think>\n<answer>{total}</answer>"
+            text = f"<think>{left} + {right} = {total}</think>\n<answer>{total}</answer>"
             rows.append(
                 {
                     "step": step,
                     "prompt": prompt,
-                    "completion": [{"role": "assistant", "content": said}],
+                    "completion": [{"role": "assistant", "content": text}],
                     "reward": 1.2 if right_one else 0.2,
                     "rewards": {"numeric_match": float(right_one), "format": 1.0},
                     "advantage": 0.7 if right_one else -1.1,
@@ -149,7 +151,7 @@ EVALUATION: dict[str, Any] = {
 
 
 def make_run(folder: Path, steps: int = 300, *, finished: bool = True) -> Path:
-    """A run folder of ``steps`` steps."""
+    """Write the run folder of a run of ``steps`` steps, and return it."""
     dice = random.Random(7)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -159,8 +161,8 @@ def make_run(folder: Path, steps: int = 300, *, finished: bool = True) -> Path:
             rows.append({"step": step, "eval/reward": rows[-1]["reward"] - 0.05})
     write_rows(folder / "metrics.jsonl", rows)
     write_rows(folder / "timings.jsonl", [timings(step, dice) for step in range(1, steps + 1)])
-    said = [row for step in range(1, steps + 1) for row in completions(step, steps, dice)]
-    write_rows(folder / "completions.jsonl", said)
+    samples = [row for step in range(1, steps + 1) for row in completions(step, steps, dice)]
+    write_rows(folder / "completions.jsonl", samples)
     documents = {"config": CONFIG, "manifest": MANIFEST, "preflight": PREFLIGHT}
     if finished:
         documents["evaluation"] = EVALUATION

@@ -1,4 +1,4 @@
-"""report.html as a browser would take it, with what holds for every report checked on the way."""
+"""Parse report.html as a browser does, and check the properties that every report must have."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOID = {"meta", "rect", "path", "line", "circle"}
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: elements, attributes, texts."""
+    """The elements, attributes and texts of the page, as a browser parses them."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -59,7 +59,9 @@ class Page(HTMLParser):
 
 
 def render_report(folder: Path) -> tuple[str, Page]:
-    """Write the report, check what holds for every report, and return it."""
+    """Write the report of the run in ``folder`` and check the properties that every report must
+    have. Return its source and the parsed page.
+    """
     path = write_report(folder)
     source = path.read_text()
     parsed = Page(source)

@@ -1,4 +1,6 @@
-"""A batch of four samples, one of them bad, and a reward under a policy on it."""
+"""Score a batch of four samples, one of which is "bad", with a reward function under an error
+policy.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def saved_samples(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def reward_scoring_bad_with(score: Any):
-    """A well-made reward but for what ``score`` does with the completion "bad"."""
+    """Return a reward function that calls ``score`` for the completion "bad", and scores all other
+    completions with 1.0.
+    """
 
     def mine(completions, **kwargs):
         return [score() if text == "bad" else 1.0 for text in completions]

@@ -1,5 +1,6 @@
-"""One of several processes that train a small Llama which they share, with Hugging Face generation
-on the split model in place of an engine. Started by test_trainer_split.py.
+"""One of the processes that train a small Llama model in test_trainer_split.py. Groups of ``size``
+processes share a split model. There is no engine: Hugging Face transformers generates the
+completions with the split model.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ CHOICE = ("dynamic_sampling/rounds", "dynamic_sampling/discarded_tokens", "curri
 
 
 def even(completions: list[str], **_: Any) -> list[float]:
-    """Unlike in every process, if every process called it."""
+    """Count the even digits of each completion. In a process with an odd rank, each reward is 0.001
+    higher, so the rewards show which process computed them.
+    """
     CALLS.append(len(completions))
     rank = int(os.environ.get("RANK", "0"))
     return [sum(one in "02468" for one in text) + 0.001 * (rank % 2) for text in completions]
 
 
 def hard(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """Without spread for half of the prompts."""
+    """Return 0 for half of the prompts, so that their groups have no spread of the rewards."""
     pairs = zip(prompts, even(completions), strict=True)
     return [0.0 if prompt < "22" else value for prompt, value in pairs]
 
@@ -51,7 +54,8 @@ def make_model(size: int) -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     source = LlamaForCausalLM(config).requires_grad_(False)
-    with torch.no_grad():  # only tokens that the tokenizer knows
+    # The tokenizer has 15 tokens. Tokens from 16 on get the logit of the padding token.
+    with torch.no_grad():
         source.lm_head.weight[16:] = source.lm_head.weight[:1]
     if size == 1:
         return source
@@ -68,18 +72,19 @@ def make_model(size: int) -> Any:
 
 
 class OutOfMemoryTrainer(GRPOTrainer):
-    """Runs out of memory in one process: in the forward pass of its first step, in the backward
-    pass of the second, after the last sum of the third.
+    """A trainer that raises OutOfMemoryError in the process of rank ``victim``: in the forward pass
+    of the first step, in the backward pass of the second step, and in the third step after the
+    backward pass and its last sum over the processes.
     """
 
     victim = -1
     failures: ClassVar[list[str]] = []
 
-    def fail(self, place: str, step: int) -> None:
+    def fail(self, phase: str, step: int) -> None:
         mine = int(os.environ.get("RANK", "0")) == self.victim
-        due = mine and self.state.global_step == step and place not in self.failures
+        due = mine and self.state.global_step == step and phase not in self.failures
         if due and self.model.training:
-            self.failures.append(place)
+            self.failures.append(phase)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def register_failures(self) -> None:
@@ -97,7 +102,7 @@ class OutOfMemoryTrainer(GRPOTrainer):
         self.accelerator.backward = after
 
 
-def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
+def main(size: int, folder: Path, steps: int, mode: str) -> dict[str, Any]:
     world = int(os.environ["WORLD_SIZE"])
     if size > 1:
         distributed.init_process_group("gloo")
@@ -112,22 +117,22 @@ def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
         per_device_train_batch_size=8 // replicas, num_generations=4, max_completion_length=6,
         learning_rate=0.01, max_grad_norm=0.05, seed=3, use_cpu=True, bf16=False,
         gradient_checkpointing=False, disable_tqdm=True, lr_scheduler_type="constant",
-        dynamic_sampling=how == "choose", curriculum=how == "choose", max_resample_times=9,
+        dynamic_sampling=mode == "choose", curriculum=mode == "choose", max_resample_times=9,
     )  # fmt: skip
     tokenizer = make_tokenizer()
     data = Dataset.from_list([{"prompt": f"{n}+{n % 7}="} for n in range(10, 34)])
-    trainer = (OutOfMemoryTrainer if how.startswith("narrow") else GRPOTrainer)(
+    trainer = (OutOfMemoryTrainer if mode.startswith("narrow") else GRPOTrainer)(
         model=policy,
-        reward_funcs=[hard if how == "choose" else even],
+        reward_funcs=[hard if mode == "choose" else even],
         args=arguments,
         train_dataset=data,
         processing_class=tokenizer,
     )
     seen = trainer.accelerator.num_processes, trainer.accelerator.process_index
     if isinstance(trainer, OutOfMemoryTrainer):
-        OutOfMemoryTrainer.victim = int(how[-1])
+        OutOfMemoryTrainer.victim = int(mode[-1])
         trainer.register_failures()
-    trainer.train(resume_from_checkpoint=True if how == "resume" else None)
+    trainer.train(resume_from_checkpoint=True if mode == "resume" else None)
     whole = gather_trainable(trainer.accelerator.unwrap_model(trainer.model))
     rows = [row for row in trainer.state.log_history if "reward" in row]
     parts = trainable_parameters(trainer.accelerator.unwrap_model(trainer.model))

@@ -1,4 +1,6 @@
-"""A hub on this machine: what huggingface_hub asks for to make a repository and to commit to it."""
+"""A local server that answers the requests with which huggingface_hub creates a repository and
+commits files to it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class StubHub:
-    """``repos`` {name: private}, ``files`` {name: bytes} of the last commit, ``tokens`` {request:
-    token}.
+    """The state of the server.
+
+    ``repos`` says for each created repository whether it is private. ``files`` has the content of
+    each committed file. ``tokens`` has the Authorization header of each request that the server
+    knows.
     """
 
     def __init__(self, status: int = 200) -> None:
@@ -28,7 +33,8 @@ class StubHub:
         if status == 200:
             found = self._response(path, body)
             status = 404 if found is None else 200
-        # Libraries may look names up without a token; what writes must carry one.
+        # Only requests of an upload are recorded, because they need a token. Libraries may look
+        # up names without a token.
         if found is not None:
             self.tokens[request] = handler.headers.get("Authorization")
         data = json.dumps(found or {}).encode()
@@ -71,7 +77,7 @@ class StubHub:
 
 @contextmanager
 def serving(hub: StubHub):
-    """``hub`` at ``hub.url`` while inside."""
+    """Serve ``hub`` at ``hub.url`` within the ``with`` block."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

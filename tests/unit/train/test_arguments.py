@@ -1,4 +1,6 @@
-"""TRL's GRPOConfig from a run file: one half precision, and what the run file says is kept."""
+"""The GRPOConfig of a run file has one half-precision format and keeps the values of the run
+file.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def load_arguments(tmp_path: Path, *, model: str = "", grpo: str = "", gpu: bool
 
 @pytest.fixture
 def set_compute_capability(monkeypatch: pytest.MonkeyPatch):
-    """A GPU of a compute capability, as far as the arguments ask."""
+    """Return a function that makes PyTorch report a GPU of a given compute capability."""
 
     def set_to(major: int) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -124,7 +126,7 @@ def test_a_missing_package_is_an_error_before_anything_is_loaded(tmp_path, grpo,
 @pytest.mark.parametrize("model_setting", [False, True, None])
 @pytest.mark.parametrize("argument", [True, False])
 def test_gradient_checkpointing_follows_the_setting_of_the_model(tmp_path, model_setting, argument):
-    """None is a model that did not come from FastLanguageModel: there TRL's argument rules."""
+    """If the model did not come from FastLanguageModel (None), TRL's argument has effect."""
     policy = make_policy()
     if model_setting is not None:
         apply_checkpointing(policy, model_setting, max_seq_length=None)

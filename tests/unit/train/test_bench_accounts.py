@@ -1,4 +1,6 @@
-"""Where the time of our arm goes: kinds of kernels, what one rollout does more than another."""
+"""The time of the toolkit's arm of the benchmark: kinds of kernels, the difference between two
+rollouts, and the phases of the start.
+"""
 
 from __future__ import annotations
 

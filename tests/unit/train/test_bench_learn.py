@@ -1,4 +1,6 @@
-"""``bench --learn`` without a model: tasks, the files of its model, curves, headline, picture."""
+"""The parts of ``bench --learn`` that need no model: tasks, tokenizer, checks of the model file,
+curves, headline and picture.
+"""
 
 from __future__ import annotations
 
@@ -58,19 +60,21 @@ def test_training_problems_are_never_held_out_and_answers_are_right(task: str) -
     assert seen[1] != seen[2]
     assert not {*seen[1], *seen[2]} & {*held_out}
     for problem in held_out:
-        said = problem.question.removeprefix("What is ").rstrip("?")
+        expression = problem.question.removeprefix("What is ").rstrip("?")
         if task == "sums":
-            assert problem.answer == str(eval(said))
+            assert problem.answer == str(eval(expression))
         else:
-            numbers = said.partition(": ")[2].replace(" or ", ", ").split(", ")
+            numbers = expression.partition(": ")[2].replace(" or ", ", ").split(", ")
             assert problem.answer == str(max(map(int, numbers)))
 
 
-# --- the model's files
+# --- the tokenizer and the file of the model
 
 
 class Tokenizer(SimpleNamespace):
-    """As transformers makes it of the GGUF: the beginning of a turn ends a sequence."""
+    """The tokenizer as transformers builds it from the GGUF file. Its end-of-sequence token is
+    wrong: it is the token that begins a turn.
+    """
 
     eos_token, pad_token, padding_side = "<|im_start|>", None, "right"
 
@@ -90,7 +94,7 @@ def test_the_end_of_a_turn_ends_a_sequence_and_padding_is_another_token() -> Non
 
 
 @pytest.mark.parametrize(
-    ("end", "pad", "said"),
+    ("end", "pad", "message"),
     [
         ("</answer>", real_model.PAD_TOKEN, "ends an answer with '</answer>'"),
         ("", real_model.PAD_TOKEN, "ends an answer with ''"),
@@ -98,11 +102,11 @@ def test_the_end_of_a_turn_ends_a_sequence_and_padding_is_another_token() -> Non
         ("<|im_end|>", "<pad>", "cannot be the padding token"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_repaired_is_refused(end: str, pad: str, said: str) -> None:
+def test_a_tokenizer_that_cannot_be_repaired_is_refused(end: str, pad: str, message: str) -> None:
     tokenizer = Tokenizer(end=end)
     with pytest.raises(InputError) as caught:
         real_model.repair_tokenizer(tokenizer, pad=pad)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert caught.value.fix
     assert tokenizer.pad_token is None
 
@@ -131,7 +135,7 @@ def test_a_file_with_another_hash_is_rejected(tmp_path: Path) -> None:
         real_model.find_gguf(tmp_path / "none", tmp_path, print)
 
 
-# --- what several runs say
+# --- the results of several runs
 
 
 def test_time_to_the_accuracy_is_the_median_of_the_seeds() -> None:
@@ -140,7 +144,8 @@ def test_time_to_the_accuracy_is_the_median_of_the_seeds() -> None:
     assert ours.seconds == [0, 6, 12, 18]
     assert (ours.low[1], ours.high[1]) == (0.4, 0.55)
     assert ours.mean[1] == pytest.approx(0.475)
-    # Between two evaluations: 0.4 at 5 s and 0.6 at 10 s; 0.1 at 0 s and 0.55 at 7 s.
+    # The time is interpolated between two evaluations. These are 0.4 at 5 s and 0.6 at 10 s for
+    # seed 1, and 0.1 at 0 s and 0.55 at 7 s for seed 2.
     assert ours.to_target_s == pytest.approx((7.5 + 7 * 0.4 / 0.45) / 2)
     assert ours.to_target_step == pytest.approx((15 + 10 * 0.4 / 0.45) / 2)
     assert trl.to_target_s == pytest.approx((20 + 20 * 0.2 / 0.35 + 20) / 2)
@@ -205,7 +210,7 @@ def test_results_are_read_again_and_a_complete_one_is_kept(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--learn", "--seeds", "1,x"], "'1,x' is not a list of whole numbers"),
         (["--task", "sums"], "--task has an effect only with --learn"),
@@ -216,10 +221,10 @@ def test_results_are_read_again_and_a_complete_one_is_kept(tmp_path: Path) -> No
         (["--learn", "--accuracy", "1.5"], "1.5 is not in the range"),
     ],
 )
-def test_options_that_are_refused(options: list[str], said: str) -> None:
+def test_options_that_are_refused(options: list[str], message: str) -> None:
     done = CliRunner().invoke(bench, options)
     assert done.exit_code == 2
-    assert said in done.output
+    assert message in done.output
 
 
 def test_the_report_is_json() -> None:

@@ -1,4 +1,6 @@
-"""Our arm of the benchmark is cut by sizing, within the memory of what the peers are given."""
+"""The sizer chooses the settings of the toolkit's arm of the benchmark. They need no more memory
+than the other arms.
+"""
 
 from __future__ import annotations
 
@@ -56,13 +58,14 @@ def test_the_plan_needs_no_more_memory_than_the_other_arms(
     assert ours.trainer.step_s_estimate < theirs.trainer.step_s_estimate
     assert filled.ours_batch is not None
     assert filled.ours_tokens is not None
-    assert filled.ours_tokens > batch * 320  # fewer and larger ones: the small cache makes room
+    # The passes are fewer and larger, because the small KV cache leaves memory for them.
+    assert filled.ours_tokens > batch * 320
     assert filled.sequences % filled.ours_batch == 0
     assert filled.ours_engine is not None
     share = filled.ours_engine["gpu_memory_utilization"]
     assert share <= given.gpu_memory_utilization
     assert f"gpu_memory_utilization {share:g}" in filled.plan_text
-    # The cache holds all sequences of a step, and little more.
+    # The KV cache holds all sequences of a step, and little more.
     cache = share * device.cuda_total_bytes - (
         ours.interval.min * device.cuda_total_bytes - ours.engine.kv_sequence_bytes
     )
@@ -70,7 +73,9 @@ def test_the_plan_needs_no_more_memory_than_the_other_arms(
     assert cache <= ours.engine.kv_wanted_bytes + 0.03 * device.cuda_total_bytes
 
 
-def test_a_long_context_is_one_pass_with_its_prompt_once(spec: ModelSpec) -> None:
+def test_a_group_with_a_long_context_is_one_pass_with_one_copy_of_the_prompt(
+    spec: ModelSpec,
+) -> None:
     given = Settings(model="m", **WORKLOADS["long-context"])
     filled = bench_plan.choose_settings(given, spec, _device("h100"))
     assert filled.ours_tokens == 16384 + 8 * 2048
@@ -84,7 +89,7 @@ def test_a_long_context_is_one_pass_with_its_prompt_once(spec: ModelSpec) -> Non
     assert filled.ours_engine["gpu_memory_utilization"] < given.gpu_memory_utilization / 2
 
 
-def test_the_share_of_the_other_arms_is_the_largest(spec: ModelSpec) -> None:
+def test_gpu_memory_utilization_is_at_most_that_of_the_other_arms(spec: ModelSpec) -> None:
     given = Settings(model="m", gpu_memory_utilization=0.02)
     filled = bench_plan.choose_settings(given, spec, _device("h200"))
     assert filled.ours_engine is None or filled.ours_engine["gpu_memory_utilization"] <= 0.02

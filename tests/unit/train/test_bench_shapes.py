@@ -1,4 +1,6 @@
-"""Prompts of the benchmark are as long as they say, and a completion's words are numbers."""
+"""Prompts of the benchmark have the requested number of tokens. The reward reads the numbers in
+the words of a completion.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ from toolkit.train.report.metrics_log import LOG_FILES, Journal
 
 
 def write(run_dir, step, step_branch=None, journal=None, **state):
-    """Write a checkpoint of ``step``. Without a branch, it is like one of an earlier release."""
+    """Write a checkpoint of ``step``. Without ``step_branch``, it has no branch, like a checkpoint
+    of an earlier release.
+    """
     partial = checkpoint.begin(run_dir, step)
     positions = journal.positions() if journal is not None else {}
     described = {"positions": positions, **state}
@@ -28,7 +30,9 @@ def write(run_dir, step, step_branch=None, journal=None, **state):
 
 
 def train(run_dir, resume_from, last, tag, every=2):
-    """Log a row with ``tag`` per step up to ``last``, and one checkpoint per ``every`` steps."""
+    """Log a row with ``tag`` per step up to the step ``last``. Write a checkpoint every ``every``
+    steps.
+    """
     start = rollback.begin_branch(run_dir, resume_from)
     journal = Journal(run_dir, start.log_positions)
     done = 0 if resume_from is None else branch.read_branch(resume_from)[1]
@@ -121,8 +125,8 @@ def test_resuming_from_another_run_folder_copies_its_logs(tmp_path):
     assert tags(one) == "aaaa"
 
 
-@pytest.mark.parametrize("cut", ["copied", "recorded", "one moved"])
-def test_the_next_start_finishes_a_killed_rollback(tmp_path, monkeypatch, cut):
+@pytest.mark.parametrize("killed_after", ["copied", "recorded", "one moved"])
+def test_the_next_start_finishes_a_killed_rollback(tmp_path, monkeypatch, killed_after):
     train(tmp_path, None, 8, "a")
     (tmp_path / "adapter").mkdir()
 
@@ -132,9 +136,9 @@ def test_the_next_start_finishes_a_killed_rollback(tmp_path, monkeypatch, cut):
     def die(*_):
         raise Killed
 
-    if cut == "copied":
+    if killed_after == "copied":
         monkeypatch.setattr(branch, "record_branch", die)
-    elif cut == "recorded":
+    elif killed_after == "recorded":
         monkeypatch.setattr(checkpoint, "move_into", die)
     else:
         move_into = checkpoint.move_into
@@ -145,7 +149,8 @@ def test_the_next_start_finishes_a_killed_rollback(tmp_path, monkeypatch, cut):
         rollback.begin_branch(tmp_path, tmp_path / "checkpoint-4")
     monkeypatch.undo()
     chosen, _ = branch.resume_point(tmp_path, "auto")
-    if cut == "copied":  # the new branch was not recorded, so the old one continues
+    if killed_after == "copied":
+        # The new branch was not recorded, so the old one continues.
         assert chosen == tmp_path / "checkpoint-8"
         chosen = tmp_path / "checkpoint-4"
     assert chosen == tmp_path / "checkpoint-4"
@@ -153,7 +158,7 @@ def test_the_next_start_finishes_a_killed_rollback(tmp_path, monkeypatch, cut):
     assert tags(tmp_path) == "aaaabbbb"
     assert branch.valid_steps(tmp_path) == [8, 6, 4, 2]
     abandoned_folders = sorted(tmp_path.glob("abandoned-*"))
-    assert len(abandoned_folders) == (1 if cut == "copied" else 2)
+    assert len(abandoned_folders) == (1 if killed_after == "copied" else 2)
     moved = sorted(
         path.name for folder in abandoned_folders for path in folder.glob("checkpoint-*")
     )
@@ -162,7 +167,7 @@ def test_the_next_start_finishes_a_killed_rollback(tmp_path, monkeypatch, cut):
 
 
 def add_foreign_folders(run_dir):
-    """Create folders with names of checkpoints that the run did not write."""
+    """Create files and folders that have names of checkpoints, but that the run did not write."""
     (run_dir / "checkpoint-99").mkdir()
     (run_dir / "checkpoint-98").mkdir()
     (run_dir / "checkpoint-98" / "notes.txt").write_text("mine")
@@ -186,7 +191,7 @@ def test_folders_that_the_run_did_not_write_are_ignored(tmp_path):
     assert len(foreign_names) == 10
     chosen, skipped = branch.resume_point(mixed, "auto")
     assert chosen == mixed / "checkpoint-8"
-    # Only the two folders with files of a checkpoint are reported.
+    # Only the two folders that contain files of a checkpoint are reported.
     assert [step_branch.partition(":")[0] for step_branch in skipped] == [
         f"{mixed}/checkpoint-95",
         f"{mixed}/checkpoint-94",
@@ -275,7 +280,7 @@ def test_samples_of_bad_rewards_stay_with_their_branch(tmp_path):
     rollback.begin_branch(tmp_path, tmp_path / "checkpoint-2", bad_rewards_bytes=5)
     assert (tmp_path / "abandoned-1" / "bad_rewards.jsonl").read_text() == "of a\n"
     assert (tmp_path / "bad_rewards.jsonl").read_text() == "of b\n"
-    # A file with rows of only this process is not the file of another branch.
+    # If all rows of the file are from this process, the file is not moved to another branch.
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "bad_rewards.jsonl").write_text("of b\n")
     assert rollback.begin_branch(tmp_path / "new", None, bad_rewards_bytes=0).notes == ()

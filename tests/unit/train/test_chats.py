@@ -1,4 +1,6 @@
-"""The chat format of checkpoints, those of versions before dataset.chat among them."""
+"""A run takes the chat format from its checkpoint. Checkpoints of versions without ``dataset.chat``
+are also tested.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,19 @@ def config(**dataset: Any) -> RunConfig:
     return RunConfig(model=ModelSection(model_name="m"), dataset=DatasetSection(**dataset))
 
 
-def write_checkpoint(folder: Path, then: dict[str, Any], completion: dict[str, Any] | None) -> Path:
+def write_checkpoint(
+    folder: Path, recorded: dict[str, Any], completion: dict[str, Any] | None
+) -> Path:
     found = folder / "checkpoint-1"
     found.mkdir()
-    (found / "state.json").write_text(json.dumps({"run": then}))
+    (found / "state.json").write_text(json.dumps({"run": recorded}))
     if completion is not None:
         (folder / "completions.jsonl").write_text(json.dumps(completion) + "\n")
     return found
 
 
 @pytest.mark.parametrize(
-    ("then", "completion", "kept"),
+    ("recorded", "completion", "kept"),
     [
         ({"dataset.chat": False}, CHAT, False),
         ({"dataset.chat": True}, None, True),
@@ -41,20 +45,19 @@ def write_checkpoint(folder: Path, then: dict[str, Any], completion: dict[str, A
         ({"dataset.system": "s"}, {"prompt": "s\n\nx"}, False),
         ({}, {"prompt": "x"}, False),
         ({"dataset.system": None}, None, False),
-        ({"dataset.system": "s"}, None, "auto"),  # what auto means today
+        ({"dataset.system": "s"}, None, "auto"),  # the format is unknown
     ],
 )
 def test_a_run_resumes_with_the_chat_format_of_its_checkpoint(
-    tmp_path: Path, then: dict[str, Any], completion: dict[str, Any] | None, kept: bool | str
+    tmp_path: Path, recorded: dict[str, Any], completion: dict[str, Any] | None, kept: bool | str
 ) -> None:
-    found = write_checkpoint(tmp_path, then, completion)
+    found = write_checkpoint(tmp_path, recorded, completion)
     assert chat_record.with_recorded(config(), found).dataset.chat == kept
-    assert chat_record.with_chat_key(then, found)[chat_record.CHAT_KEY] == (
+    assert chat_record.with_chat_key(recorded, found)[chat_record.CHAT_KEY] == (
         None if kept == "auto" else kept
     )
-    assert (
-        chat_record.with_recorded(config(chat=True), found).dataset.chat is True
-    )  # what is written stays
+    # The value of the run file is kept.
+    assert chat_record.with_recorded(config(chat=True), found).dataset.chat is True
 
 
 def resolve_config(given_config: RunConfig, template: bool | None) -> RunConfig:

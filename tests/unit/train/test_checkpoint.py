@@ -1,4 +1,4 @@
-"""A checkpoint is complete or does not exist; a damaged one is never loaded."""
+"""A checkpoint is complete or does not exist. A damaged checkpoint is never loaded."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_partial_checkpoint_is_ignored_and_later_removed(tmp_path):
 
 
 def test_writing_a_step_again_moves_the_existing_folder(tmp_path):
-    """The existing folder may be damaged or foreign, and is never removed."""
+    """The existing folder is never removed. It may be damaged or not written by the run."""
     folder = write(tmp_path, 10)
     (folder / "a.json").write_bytes(b"torn")
     write(tmp_path, 10)

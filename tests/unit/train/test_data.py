@@ -1,4 +1,4 @@
-"""load_data: what the trainer gets, what is reported, and what is refused."""
+"""load_data: the rows for the trainer, the report on the data, and the errors."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ def test_chats_with_chat_false_are_refused(tmp_path: Path) -> None:
 def test_tokens_of_the_chat_template_count_toward_the_length(tmp_path: Path) -> None:
     path = write(tmp_path, [{"q": "w1 w2 w3", "a": 0}])
     chat = make_tokenizer(chat=True)
-    assert load(path, chat, limit=6).report.train.truncated == 0  # <user> 3 </s> <assistant>
+    assert (
+        load(path, chat, limit=6).report.train.truncated == 0
+    )  # <user>, 3 words, </s>, <assistant>
     cut = load(path, chat, limit=5)
     assert (cut.report.train.truncated, cut.report.train.longest_tokens) == (1, 6)
     assert cut.train["prompt"][0] == [user("w2 w3")]
@@ -203,10 +205,10 @@ def test_data_without_prompts_is_refused(
 
 @pytest.mark.parametrize("key", ["path", "eval_path"])
 def test_the_error_for_a_missing_file_names_the_key(tmp_path: Path, key: str) -> None:
-    there = {"path": write(tmp_path, [{"q": "w1", "a": 0}])}
-    with pytest.raises(InputError, match="the file does not exist") as told:
-        load(**there | {key: str(tmp_path / "missing.jsonl")})
-    assert told.value.where == f"dataset.{key}: {tmp_path}/missing.jsonl"
+    existing = {"path": write(tmp_path, [{"q": "w1", "a": 0}])}
+    with pytest.raises(InputError, match="the file does not exist") as caught:
+        load(**existing | {key: str(tmp_path / "missing.jsonl")})
+    assert caught.value.where == f"dataset.{key}: {tmp_path}/missing.jsonl"
 
 
 def test_columns_that_are_left_out_are_reported(tmp_path: Path) -> None:

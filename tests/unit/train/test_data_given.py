@@ -1,4 +1,6 @@
-"""Data as people have it: packed, with nulls, with chats as text, with columns of odd names."""
+"""Data files as users have them: compressed, with nulls, with chats as JSON text, with unusual
+column names.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,12 @@ def load(path: Path, *, chat: bool = False, limit: int | None = None, **section:
 
 
 def validation_problem(path: Path) -> str | None:
-    """What validate says of a data file."""
+    """Return the problem that ``toolkit validate`` reports for a data file, or None."""
     _read.cache_clear()
     return _read(path, DataSelection("q", "a"), "train", (0, 0)).problem
 
 
-# --- packed files
+# --- compressed files
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.gz", ".csv.gz"])
@@ -88,7 +90,7 @@ def test_a_truncated_gzip_is_reported(tmp_path: Path) -> None:
     assert "cannot be unpacked" in str(validation_problem(path))
 
 
-# --- what cannot be text, and names
+# --- invalid text, and column names
 
 
 @pytest.mark.parametrize("row", ['{"\\ud800": 1}', '{"q": {"\\ud800": 1}}', '{"q": ["\\ud800"]}'])
@@ -170,7 +172,7 @@ def test_a_prompt_column_with_a_name_of_the_trainer_is_used(tmp_path: Path) -> N
     assert data.report.train.notes == ()
 
 
-# --- answers that are missing
+# --- missing answers
 
 
 def test_null_answers_are_counted_and_never_compared(tmp_path: Path) -> None:
@@ -197,7 +199,7 @@ def test_nan_counts_as_a_missing_answer(tmp_path: Path) -> None:
     assert data.report.train.no_answer == 1
 
 
-def test_a_data_set_without_any_answer_is_refused(tmp_path: Path) -> None:
+def test_a_dataset_without_any_answer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(lines([{"q": "w1", "a": None}]))
     with pytest.raises(ConfigError, match="column 'a' has no answers: all 1 values are null"):
         load(tmp_path / "d.jsonl")
@@ -260,7 +262,7 @@ def test_validate_accepts_a_file_with_one_huge_row(tmp_path: Path) -> None:
         assert validation_problem(tmp_path / name) is None
 
 
-# --- files that change while the run is on
+# --- files that change during the run
 
 
 @pytest.mark.parametrize("kind", ["arrow", "saved", "parquet"])

@@ -1,4 +1,4 @@
-"""Prompts, plain and chat: checked, under a system prompt, cut from the left."""
+"""Prompts (texts and chats) are checked, get a system prompt, and are truncated from the left."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_missing_template_or_a_rejected_chat_is_an_error() -> None:
 def test_the_first_tokens_of_a_text_are_removed() -> None:
     tokenizer = make_tokenizer()
     text = " ".join(f"w{number}" for number in range(10))
-    assert prompt_format.truncate_prompt(tokenizer, text, 4) == "w7 w8 w9"  # and <s>
+    assert prompt_format.truncate_prompt(tokenizer, text, 4) == "w7 w8 w9"  # 4 tokens with <s>
     assert prompt_format.truncate_prompt(tokenizer, text, 11) == text
     with pytest.raises(
         ConfigError, match=r"max_prompt_length .1 tokens., because the special tokens alone have 1"

@@ -1,4 +1,4 @@
-"""Files of every kind, whole and broken: values keep their types, errors name the line."""
+"""Data files of every format, valid and damaged: values keep their types, errors name the line."""
 
 from __future__ import annotations
 

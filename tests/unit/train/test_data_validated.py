@@ -1,6 +1,4 @@
-"""What training refuses of a dataset, validate has refused first, with the same words; and what
-validate refuses, training does not take.
-"""
+"""``toolkit validate`` and training refuse the same data files, with the same message."""
 
 from __future__ import annotations
 
@@ -45,7 +43,9 @@ def chat(*messages: tuple[str, Any]) -> list[dict[str, Any]]:
 
 
 def parquet_without_row_groups() -> bytes:
-    """A Parquet file without a row group: the magic number, the footer, its length, the magic."""
+    """Return a Parquet file without a row group. It consists of the magic number, the footer, the
+    length of the footer, and again the magic number.
+    """
     sink = io.BytesIO()
     with parquet.ParquetWriter(sink, pa.schema({"prompt": pa.string()})):
         pass
@@ -88,7 +88,7 @@ ROW = lines({"prompt": "a"})
 
 
 def with_junk(*, at_footer: bool = False) -> bytes:
-    """A Parquet file with other bytes in its first page, or in its footer."""
+    """Return a Parquet file with invalid bytes in its first page, or in its footer."""
     data = bytearray(parquet_bytes())
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little") if at_footer else 4
     data[start : start + 12] = b"\xff" * 12
@@ -99,7 +99,7 @@ def large_row_bytes() -> bytes:
     return ROW + bytes(66 << 20)
 
 
-# name, content, what both say of it
+# file name, content, text that both messages contain
 BAD: list[tuple[str, Callable[[], bytes], str]] = [
     ("bool.jsonl", lambda: lines({"prompt": True}), "or a list of messages, not bool"),
     ("int.json", lambda: json.dumps([{"prompt": 1}]).encode(), "or a list of messages, not int"),
@@ -161,7 +161,7 @@ GOOD: list[tuple[str, Callable[[], bytes]]] = [
     ),
     ("deep.parquet", lambda: parquet_bytes(DEEP)),
     ("no_rows.parquet", lambda: parquet_bytes(TABLE.slice(0, 0))),
-    # Arrow reads no magic number at the beginning.
+    # Arrow does not read the magic number at the beginning of the file.
     ("no_beginning.parquet", lambda: parquet_without_row_groups()[4:]),
     ("f.arrow", arrow_bytes),
     ("s.arrow", lambda: arrow_bytes(stream=True)),
@@ -182,7 +182,7 @@ def validate_data(path: Path, more: str = "") -> DataFacts:
 
 
 def training_problem(path: Path, limit: int | None = None) -> str | None:
-    """Why training does not take the data."""
+    """Return the message with which training refuses the data, or None."""
     try:
         rows = read_data_file(path, limit)
         found, _ = parse_prompts(rows.table["prompt"].to_pylist())
@@ -199,9 +199,9 @@ def test_validation_and_training_refuse_the_file(
     path = tmp_path / name
     path.write_bytes(make())
     facts = validate_data(path)
-    told = facts.problem or facts.refused_row
-    assert told is not None
-    assert text in told
+    problem = facts.problem or facts.refused_row
+    assert problem is not None
+    assert text in problem
     refusal = training_problem(path)
     assert refusal is not None
     assert text in refusal

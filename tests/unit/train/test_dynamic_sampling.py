@@ -1,4 +1,6 @@
-"""Groups without spread are replaced by groups of other prompts, and everything is counted."""
+"""Dynamic sampling replaces groups without spread of the rewards by groups of other prompts. The
+metrics count the sampled and the discarded completions.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ NAME = "dynamic_sampling"
 
 
 class PromptDependentReward:
-    """A reward that is 0 for prompts of 10 and 11, and differs between completions of others."""
+    """A reward that is 0 for prompts that begin with 10 or 11. For other prompts, it depends on the
+    completion.
+    """
 
     def __init__(self) -> None:
         self.scored: list[list[str]] = []
@@ -58,15 +62,17 @@ def logged_completions(trainer: GRPOTrainer) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A run with dynamic sampling; the first step of one, and of one without it."""
-    place = tmp_path_factory.mktemp("runs")
+    """Three trainers: ``whole`` ran with dynamic sampling, ``first`` ran only its first step, and
+    ``plain`` ran the first step without dynamic sampling.
+    """
+    folder = tmp_path_factory.mktemp("runs")
     made = SimpleNamespace(reward=PromptDependentReward())
     made.whole = train(
-        place / "w", made.reward, dynamic_sampling=True, max_resample_times=9, max_steps=5
+        folder / "w", made.reward, dynamic_sampling=True, max_resample_times=9, max_steps=5
     )
-    made.plain = train(place / "p", PromptDependentReward(), max_steps=1)
+    made.plain = train(folder / "p", PromptDependentReward(), max_steps=1)
     made.first = train(
-        place / "f",
+        folder / "f",
         PromptDependentReward(),
         dynamic_sampling=True,
         max_resample_times=9,
@@ -94,10 +100,10 @@ def test_replaced_groups_have_spread_and_each_completion_is_scored_once(
 def test_groups_with_spread_stay_and_the_others_have_new_prompts(runs: SimpleNamespace) -> None:
     before, after = logged_completions(runs.plain), logged_completions(runs.first)
     rounds = list(runs.first.completion_log["extra"]["resample_round"])
-    for place in range(0, 8, 4):
-        group = slice(place, place + 4)
-        if has_equal_rewards(before[place][0]):
-            assert not has_equal_rewards(after[place][0])
+    for start in range(0, 8, 4):
+        group = slice(start, start + 4)
+        if has_equal_rewards(before[start][0]):
+            assert not has_equal_rewards(after[start][0])
             assert min(rounds[group]) == max(rounds[group]) > 0
         else:
             assert after[group] == before[group]
@@ -115,23 +121,23 @@ def test_metrics_and_columns_describe_the_trained_completions(runs: SimpleNamesp
         assert row["completions/max_length"] == lengths.max().item()
         assert list(log["extra"]["length"]) == [len(text) for text in log["completion"]]
         assert row["reward"] == pytest.approx(sum(map(text_value, log["completion"])) / 8)
-    # Tokens of prompts (6 each) and completions, of what was discarded as well.
+    # num_tokens counts prompts (6 tokens each) and completions, also the discarded ones.
     first = history(runs.first)[0]
     tokens = 8 * first["completions/mean_length"] + first[f"{NAME}/discarded_tokens"]
     assert first["num_tokens"] == 6 * first[f"{NAME}/sampled_completions"] + tokens
 
 
 @pytest.mark.parametrize(
-    ("limit", "steps", "rounds", "why"),
+    ("limit", "steps", "rounds", "message"),
     [(2, 2, 2, "max_resample_times is 2"), (50, 1, 11, "all 24 rows of the dataset were drawn")],
 )
 def test_groups_left_after_the_last_round_are_kept_with_a_warning(
-    tmp_path: Any, limit: int, steps: int, rounds: int, why: str
+    tmp_path: Any, limit: int, steps: int, rounds: int, message: str
 ) -> None:
     grpo = {"dynamic_sampling": True, "max_resample_times": limit, "max_steps": steps}
-    with pytest.warns(ToolkitWarning, match=why) as said:
+    with pytest.warns(ToolkitWarning, match=message) as caught:
         trainer = train(tmp_path / "a", equal_reward, **grpo)
-    assert sum("all rewards are still equal after" in str(one.message) for one in said) == 1
+    assert sum("all rewards are still equal after" in str(one.message) for one in caught) == 1
     first = history(trainer)[0]
     assert first[f"{NAME}/rounds"] == rounds
     assert first[f"{NAME}/no_spread_before"] == first[f"{NAME}/no_spread_after"] == 1
@@ -179,7 +185,8 @@ def test_the_curriculum_draws_prompts_with_spread_again(tmp_path: Any) -> None:
         for name in ("expected_spread", "mean_spread")
     )
     assert expected > 1.2 * of_all
-    fresh = [batch[0] for batch in reward.scored]  # the share comes last in a batch of two prompts
+    # A batch has two prompts. The repeated prompt is the last one.
+    fresh = [batch[0] for batch in reward.scored]
     again = [batch[4] for batch in reward.scored[1:]]
     assert len(set(fresh)) == 12
     assert sum(map(has_equal_rewards, fresh)) >= 3
@@ -187,12 +194,12 @@ def test_the_curriculum_draws_prompts_with_spread_again(tmp_path: Any) -> None:
 
 
 def test_prompts_with_the_largest_spread_are_drawn_most_often() -> None:
-    """Pass rates 0, 1/4, 1/2 and 1 of a reward that is 0 or 1."""
+    """The rows 0 to 3 have the pass rates 0, 1/4, 1/2 and 1. The rows 4 and 5 are not measured."""
     difficulty = Difficulty(6)
     difficulty.record([0, 1, 2, 3], [0.0, 3**0.5 / 4, 0.5, 0.0])
     orders = [list(difficulty.draw_order(seed, [5, 4], 1.0)) for seed in range(400)]
     assert all(sorted(order) == [0, 1, 2, 3, 4, 5] for order in orders)
-    assert all(order[4:] == [5, 4] for order in orders)  # not measured, in the given order
+    assert all(order[4:] == [5, 4] for order in orders)  # not measured: given order
     firsts = [order[0] for order in orders]
     middle, flat = (firsts.count(1) + firsts.count(2)) / 400, firsts.count(0) + firsts.count(3)
     assert middle > 0.9
@@ -201,7 +208,7 @@ def test_prompts_with_the_largest_spread_are_drawn_most_often() -> None:
     half = list(difficulty.draw_order(1, [5, 4], 0.5))
     assert [row in (4, 5) for row in half] == [True, False, True, False, False, False]
     difficulty.record([2], [0.0])
-    assert difficulty.mean_spread([2]) == 0.25  # half of it is the latest draw
+    assert difficulty.mean_spread([2]) == 0.25  # the latest draw has weight 1/2
     with pytest.raises(ValueError, match="curriculum records in the checkpoint"):
         Difficulty(5).load(difficulty.spread_N)
     with pytest.raises(ValueError, match="negative or infinite"):
@@ -211,13 +218,13 @@ def test_prompts_with_the_largest_spread_are_drawn_most_often() -> None:
 NAN = float("nan")
 SPREADS = [
     ([[0.1, 0.2], [0.1, 0.2]], [1, 1], False, 0.0),
-    ([[1.0, 0.0], [0.0, 1.0]], [1, 1], False, 0.0),  # only the sum counts
+    ([[1.0, 0.0], [0.0, 1.0]], [1, 1], False, 0.0),  # the sums are equal
     ([[1.0, 0.0], [0.0, 1.0]], [1, 2], True, 0.5),
     ([[1.0, 0.0], [0.0, 0.0]], [0, 1], False, 0.0),
-    ([[NAN, NAN], [1.0, 0.0]], [1, 1], False, 0.0),  # one completion has a reward
+    ([[NAN, NAN], [1.0, 0.0]], [1, 1], False, 0.0),  # only one completion has a reward
     ([[NAN, NAN], [NAN, NAN]], [1, 1], False, 0.0),
     ([[NAN, 1.0], [1.0, 1.0]], [1, 1], True, 0.5),
-    ([[1e6 + 0.1, 0.0], [1e6 + 0.2, 0.0]], [1, 1], False, 0.0),  # rounding of float32
+    ([[1e6 + 0.1, 0.0], [1e6 + 0.2, 0.0]], [1, 1], False, 0.0),  # differ by float32 rounding
 ]
 
 
@@ -229,11 +236,11 @@ def test_the_spread_of_a_group(rewards: Any, weights: Any, signal: bool, deviati
     found = spread_of(*given, "sum_then_normalize")
     assert found.has_signal == [signal, weights[0] > 0]
     assert found.deviation[0] == pytest.approx(deviation, abs=0.1 if not signal else 1e-9)
-    if weights == [1, 1] and rewards[0] == [1.0, 0.0]:  # each function has spread by itself
+    if weights == [1, 1] and rewards[0] == [1.0, 0.0]:  # each function has spread
         assert spread_of(*given, "normalize_then_sum").has_signal[0]
 
 
-def test_arguments_that_exclude_it_are_refused_at_construction(tmp_path: Any) -> None:
+def test_arguments_that_exclude_dynamic_sampling_or_a_curriculum_are_refused(tmp_path: Any) -> None:
     def refused(match: str, rows: Any = None, fields: Any = None, **more: Any) -> None:
         with pytest.raises(ConfigValueError, match=match):
             GRPOTrainer(

@@ -1,4 +1,6 @@
-"""OpenEnv as an environment: the real package, in a virtual environment of its own."""
+"""OpenEnv as the environment of a run. The real package is installed in a separate virtual
+environment.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ FOLDER = Path(__file__).parent / "environments"
 
 @pytest.fixture(scope="session")
 def python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The interpreter of a virtual environment with OpenEnv; minutes."""
+    """The interpreter of a virtual environment with OpenEnv. Its installation takes minutes."""
     return interpreter(tmp_path_factory.mktemp("openenv") / "venv")
 
 
@@ -48,7 +50,7 @@ def config_of(python: str, task: str = "guess_game:Game", **options: Any) -> Any
 
 
 class World:
-    """The episodes of a run file, with its data and its reward."""
+    """The rows, the reward and the host of the episodes of a run file."""
 
     def __init__(self, config: Any, folder: Path) -> None:
         from toolkit.train.data.dataset import load_data
@@ -83,7 +85,8 @@ def test_a_rollout_acts_in_the_environment(python: str, tmp_path: Path) -> None:
     low = secret(world.rows[0])
     assert first.step(number=low - 1) == "higher"
     assert second.step(number=99) == "lower"
-    world.worker.close()  # the environments are made again by the steps so far
+    # The next call starts a new worker, which repeats the earlier steps in new environments.
+    world.worker.close()
     assert first.step(number=low) == "right\n(the episode has ended)"
     with pytest.raises(CallFailed, match="the episode has ended"):
         first.step(number=low)
@@ -94,7 +97,7 @@ def test_a_rollout_acts_in_the_environment(python: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         ("raises", "raised RuntimeError: the board is broken"),
         ("hangs", "took longer than 5 s"),
@@ -102,10 +105,10 @@ def test_a_rollout_acts_in_the_environment(python: str, tmp_path: Path) -> None:
         ("changes", "returned another first observation for the seed 5 than before"),
     ],
 )
-def test_a_failing_environment_is_handled_as_reward_on_error_says(
-    python: str, tmp_path: Path, fault: str, said: str
+def test_a_failing_environment_is_handled_according_to_reward_on_error(
+    python: str, tmp_path: Path, fault: str, message: str
 ) -> None:
-    """Its rollout has no score, and is saved; the others keep theirs."""
+    """The rollout that fails has no score and is saved. Other rollouts keep their scores."""
     world = World(config_of(python, fault=fault), tmp_path)
     one, other = world.host(), world.host()
     one.reset(**world.rows[0])
@@ -113,17 +116,17 @@ def test_a_failing_environment_is_handled_as_reward_on_error_says(
     if fault != "changes":
         if fault == "hangs":
             assert one.step(number=99) == "lower"
-        with pytest.raises(CallFailed, match=said):
+        with pytest.raises(CallFailed, match=message):
             one.step(number=99)
     expected: list[Any] = [None, None] if fault == "changes" else [None, 0.0]
     assert world.scores([one, other]) == expected
     (first, *_) = (tmp_path / "bad_rewards.jsonl").read_text().splitlines()
-    assert said in json.loads(first)["problem"]
+    assert message in json.loads(first)["problem"]
     world.worker.close()
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
         ("guess_game:Nothing", "is not a subclass of OpenEnv's Environment"),
         ("guess_game:Untyped", "must have the type hint of an Action class"),
@@ -131,9 +134,9 @@ def test_a_failing_environment_is_handled_as_reward_on_error_says(
     ],
 )
 def test_an_unusable_environment_is_refused(
-    python: str, tmp_path: Path, task: str, said: str
+    python: str, tmp_path: Path, task: str, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         World(config_of(python, task), tmp_path)
 
 

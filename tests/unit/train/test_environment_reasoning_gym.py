@@ -1,4 +1,6 @@
-"""reasoning-gym as an environment: problems by seed, its own scorer, and what is refused."""
+"""reasoning-gym as the environment of a run: the seed determines the problems, the scorer of the
+task scores them, and wrong settings are refused.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def test_held_out_problems_differ_from_training_problems() -> None:
 
 @pytest.mark.parametrize("isolate", [True, False])
 def test_the_scorer_of_the_task_scores(isolate: bool, tmp_path: Path) -> None:
-    """In the worker process and in this one."""
+    """The scorer runs in the worker process or in this process."""
     config = config_of(TEXT + f"reward: {{isolate: {str(isolate).lower()}}}")
     data = rows_of(config).train
     assert [one.name for one in config.reward.functions] == ["reasoning_gym"]
@@ -71,7 +73,9 @@ def test_the_scorer_of_the_task_scores(isolate: bool, tmp_path: Path) -> None:
 
 
 def test_the_config_of_a_run_is_a_run_file() -> None:
-    """Read again, the scorer is there once; a run without an environment has no such section."""
+    """A config that is written and read again has the scorer once. The config of a run without an
+    environment has no such section.
+    """
     config = config_of(TEXT)
     text = json.dumps(as_mapping(config))
     again = build_config(assemble(Source("config.json", text, Path.cwd(), None, "json")))
@@ -81,17 +85,17 @@ def test_the_config_of_a_run_is_a_run_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("leg_counting", "leg_countin", "did you mean leg_counting?"),
         ("max_animals: 4", "max_animal: 4", "does not accept these settings"),
         ("max_animals: 4", "max_animals: 1", "does not accept these settings"),
     ],
 )
-def test_a_wrong_task_or_setting_is_refused(old: str, new: str, said: str) -> None:
+def test_a_wrong_task_or_setting_is_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         rows_of(config_of(TEXT.replace(old, new)))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_code_that_is_not_allowed_does_not_run(tmp_path: Path) -> None:

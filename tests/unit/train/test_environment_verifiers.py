@@ -1,5 +1,5 @@
-"""verifiers as an environment: the tasks of a real taskset, their own rewards, and what is
-refused.
+"""verifiers as the environment of a run: the tasks of a taskset, the rewards of the tasks, and
+the tasksets that are refused.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ def data_of(config: Any, worker: Any = None) -> Any:
 
 @pytest.fixture(scope="module")
 def workers() -> Any:
-    """One worker process, in which the package is imported once."""
+    """One worker process for all tests, which imports the package once."""
     both = Workers.create(None)
     yield both
     both.rewards.close()
 
 
 def test_tasks_are_rows_and_their_rewards_score(workers: Any, tmp_path: Path) -> None:
-    """Both in the worker process: nothing of the taskset is imported here."""
+    """The worker process loads and scores the tasks. This process does not import the taskset."""
     config = config_of()
     data = data_of(config, workers.environment)
     assert data.train["prompt"] == ["0+1=", "1+1=", "2+1=", "3+1="]
     assert data.train["answer"] == ["1", "2", "3", "4"]
-    assert data.eval["prompt"] == ["4+1=", "5+1="]  # the tasks after those of training
+    assert data.eval["prompt"] == ["4+1=", "5+1="]  # they follow the training tasks
     columns = data.train.column_names
     (reward,) = load_rewards(config, tmp_path, columns=columns, workers=workers).functions
     given = {name: list(data.train[name]) for name in columns if name != "prompt"}
     prompts = list(data.train["prompt"])
-    said = ["1", "two", " 3 ", [{"role": "assistant", "content": "4"}]]
-    # The exact reward has weight 2; the other one gives half for a digit.
-    assert reward(prompts=prompts, completions=said, **given) == [2.5, 0.0, 2.5, 2.5]
+    replies = ["1", "two", " 3 ", [{"role": "assistant", "content": "4"}]]
+    # The reward ``exact`` has weight 2. The reward ``digit`` has weight 0.5.
+    assert reward(prompts=prompts, completions=replies, **given) == [2.5, 0.0, 2.5, 2.5]
     assert "sums_taskset" not in sys.modules
 
 
@@ -74,7 +74,7 @@ def test_a_seed_shuffles_a_finite_task_list(workers: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("sums-taskset", "sums_tasks", "allow_code"),
         ("{most: 9}", "{mots: 9}", "does not accept these options"),
@@ -87,11 +87,11 @@ def test_a_seed_shuffles_a_finite_task_list(workers: Any) -> None:
         ("eval_size: 2", "eval_size: 2, size: 20", "no more tasks after the first 20"),
     ],
 )
-def test_an_unsupported_taskset_is_refused(workers: Any, old: str, new: str, said: str) -> None:
+def test_an_unsupported_taskset_is_refused(workers: Any, old: str, new: str, message: str) -> None:
     text = TEXT.replace("size: 4, ", "") if "size: 20" in new else TEXT
     with pytest.raises(ConfigError) as refused:
         data_of(config_of(text.replace(old, new)), workers.environment)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""``toolkit export --push``: the adapter and its model card, to a hub on this machine; and the line
-that serves the adapter.
+"""``toolkit export --push`` uploads the adapter and its model card to a local stub of the hub. The
+command that serves the adapter is also tested.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def test_without_push_nothing_is_sent(finished, hub, tmp_path):
     assert hub.requests == []
 
 
-def test_the_card_says_how_it_was_trained_and_no_path_of_this_machine(finished):
+def test_the_card_describes_the_training_and_has_no_local_path(finished):
     card = model_card(open_run(finished), "me/sums")
     head = card.split("---")[1]
     assert "library_name: peft" in head
-    assert "base_model" not in head  # a folder of this machine
+    assert "base_model" not in head  # the base model is a local folder
     assert "| rank, alpha | 4, 8 |" in card
     assert "my_rewards:ones (weight 1), exact_match (weight 0.5)" in card
     assert "| learning_rate | 0.01 |" in card

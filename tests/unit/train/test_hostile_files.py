@@ -1,4 +1,6 @@
-"""No data file, archive or adapter crashes its reader: short draws of the fuzz scripts'."""
+"""No data file, archive or adapter crashes its reader. The test runs each fuzz script for a short
+round.
+"""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_an_unreadable_completion_log_gives_no_chat_format(tmp_path, kind):
         replace_with_pipe(path)
     elif kind == "line":
         with path.open("wb") as file:
-            file.truncate(1 << 30)  # of zeros, without an end
+            file.truncate(1 << 30)  # zero bytes without a line end
     else:
         path.write_bytes(b"[" * 10**6 if kind == "nested" else b"\xff" * 1000)
     assert chat_record.run_used_chats(tmp_path) is None

@@ -1,4 +1,4 @@
-"""The distribution that is sampled from, step by step, against the engines' own processors."""
+"""The distribution of sampled tokens equals that of the logits processors of transformers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ROWS, LENGTH, VOCAB, START = 3, 12, 40, 4
 
 
 def make_case(seed: int = 0) -> tuple[torch.Tensor, TokenHistory, TokenPositions, torch.Tensor]:
-    """(ids, history, positions of all completion tokens, logits at these positions). Row 0 has
-    padding on both sides.
+    """Return ids, history, the positions of all completion tokens, and logits at these positions.
+    Row 0 has padding on both sides.
     """
     torch.manual_seed(seed)
     ids = torch.randint(0, 12, (ROWS, LENGTH))
@@ -79,12 +79,14 @@ def test_scores_equal_those_of_transformers_warpers(options: dict[str, Any]) -> 
 
 
 def test_min_p_is_applied_in_the_order_of_the_engine() -> None:
-    """Min-p before or after top-p: probabilities are those of the set at that moment."""
+    """Engines apply min-p before or after top-p. The second filter uses the probabilities among the
+    tokens that the first filter kept.
+    """
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.15]]).log()
     before = Distribution(top_p=0.7, min_p=0.35)
-    # min-p leaves 0.5 and 0.2; of these top-p keeps 0.71, the first alone.
+    # Min-p keeps 0.5 and 0.2. Top-p keeps only the first, which is 0.71 of their sum.
     assert kept_mask(logits, before).tolist() == [[True, False, False, False]]
-    # top-p keeps the first two of all, min-p leaves them.
+    # Top-p keeps the first two tokens. Min-p keeps both.
     after = Distribution(top_p=0.7, min_p=0.35, min_p_first=False)
     assert kept_mask(logits, after).tolist() == [[True, True, False, False]]
 
@@ -95,15 +97,15 @@ def test_penalties_use_only_earlier_tokens() -> None:
         repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=-0.2
     )
     scores = score_tokens(logits, tokens_at(ids, positions), distribution, positions)
-    for n, (row, place) in enumerate(zip(*positions[1:], strict=True)):
+    for n, (row, position) in enumerate(zip(*positions[1:], strict=True)):
         begin = 2 if row == 0 else 0
-        before, drawn = ids[row : row + 1, begin:place], ids[row, START:place]
+        before, drawn = ids[row : row + 1, begin:position], ids[row, START:position]
         expected_logits = RepetitionPenaltyLogitsProcessor(1.3)(before, logits[n : n + 1])[0]
         for token in drawn.tolist():
             expected_logits[token] += 0.2
         for token in set(drawn.tolist()):
             expected_logits[token] -= 0.4
-        expected = torch.log_softmax(expected_logits, -1)[ids[row, place]]
+        expected = torch.log_softmax(expected_logits, -1)[ids[row, position]]
         torch.testing.assert_close(scores.logps[n], expected)
 
 

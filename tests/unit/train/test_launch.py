@@ -1,4 +1,4 @@
-"""The launcher of one node: one exit code, signals are passed on, no process is left."""
+"""The launcher of one node returns one exit code, forwards signals, and leaves no process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def launch_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Return a function that launches processes which run a line of shell, not the toolkit."""
+    """Return a function that launches processes. They run a shell command, not the toolkit."""
 
     def run_line(line: str) -> int:
         script = tmp_path / "python"
@@ -51,7 +51,7 @@ def test_each_process_gets_the_variables_of_torchrun(launch_shell, tmp_path: Pat
 def test_ranks_are_counted_over_all_nodes(
     launch_shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A group of processes that share a model is two neighbours, so it is on one node."""
+    """The ranks of a node are consecutive, so processes that share a model are on one node."""
     for name, value in (("PET_NNODES", "3"), ("PET_NODE_RANK", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -134,9 +134,9 @@ with early_stop_signals():
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl of the Linux kernel")
 def test_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
-    """Real processes: the launcher, and two of ours that have come as far as the command line."""
+    """The launched processes have set the signal handlers of the command line, and wait."""
     script = tmp_path / "python"
     script.write_text(f"#!/bin/sh\nexec {sys.executable} rank.py\n")
     script.chmod(0o755)

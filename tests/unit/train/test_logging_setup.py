@@ -1,4 +1,6 @@
-"""Upstream messages are hidden, those of the toolkit are shown, and all is restored at the end."""
+"""Messages of upstream libraries are hidden, and messages of the toolkit are shown. The loggers
+and the warning filters are restored at the end.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Files that would keep a run from writing its results are found before it trains."""
+"""If a file in the run folder would prevent a run from writing its results, the check before
+training raises an error.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def test_a_link_as_the_folder_of_a_tracker_is_an_error(tmp_path, tracker):
     run_dir.mkdir()
     (run_dir / output_paths.TRACKER_FOLDERS[tracker]).symlink_to(outside)
     plain = RunConfig(model=ModelSection(model_name="m"))
-    output_paths.check_output_paths(run_dir, plain)  # the run does not use it
+    output_paths.check_output_paths(run_dir, plain)  # the run does not use the tracker
     with pytest.raises(ConfigError, match="is a link, but the run writes a folder"):
         output_paths.check_output_paths(run_dir, replace(plain, grpo={"report_to": [tracker]}))
 
@@ -59,7 +61,7 @@ def test_a_link_as_the_folder_of_a_tracker_is_an_error(tmp_path, tracker):
      ("data", "."), ("source", "config.json")],
 )  # fmt: skip
 def test_the_inputs_of_a_run_are_not_overwritten(tmp_path, key, name):
-    """As with --output-dir MODEL, which would replace the config.json of the model."""
+    """For example, --output-dir MODEL would replace the config.json of the model."""
     run_dir = tmp_path / "run"
     path = run_dir / name
     if "." in name and name != ".":

@@ -1,5 +1,5 @@
-"""Packs against TRL's padded pass on every family of tests/engine: log-probabilities, entropies,
-losses and the adapter's gradient, for one batch with everything that is hard about batches.
+"""Packs give the same log-probabilities, entropies, losses and adapter gradients as TRL's padded
+pass. Every model family of tests/engine is tested with one batch that has all difficult cases.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SPEC.loader.exec_module(families)
 FAST = ("llama",)
 TARGETS = {"phi3": ("qkv_proj", "down_proj"), "qwen3_moe": ("q_proj", "v_proj")}
 EAGER = {"gemma2": "eager"}
-# Two groups of four, prompts of different lengths; completions of no and of one token.
+# Two groups of four rows with prompts of different lengths. One completion is empty, and two
+# completions have one token.
 PROMPTS = (7, 7, 7, 7, 3, 3, 3, 3)
 LENGTHS = (9, 1, 0, 12, 4, 12, 1, 6)
 WIDTH = max(LENGTHS)
@@ -74,7 +75,7 @@ def trainer(request, tmp_path_factory):
         args=arguments(
             folder,
             max_completion_length=WIDTH,
-            # The loss of a router looks at whole micro-batches, which stay padded.
+            # A router loss needs whole micro-batches, which are then not packed.
             router_aux_loss_coef=0.0 if "moe" in family else None,
         ),
         train_dataset=Dataset.from_list([{"prompt": "t4 t5"}] * 8),
@@ -86,7 +87,7 @@ def trainer(request, tmp_path_factory):
 
 
 def make_batch(*, old=False, tools=False, beta=0.0, dead=True):
-    """What TRL's loss is given: prompts padded on the left, completions on the right."""
+    """Return the inputs of TRL's loss: prompts padded on the left, completions on the right."""
     draw = torch.Generator().manual_seed(11)
     rows, longest = len(PROMPTS), max(PROMPTS)
     prompt_ids = torch.zeros(rows, longest, dtype=torch.long)
@@ -113,7 +114,7 @@ def make_batch(*, old=False, tools=False, beta=0.0, dead=True):
         inputs["old_per_token_logps"] = noise[0]
     if beta:
         inputs["ref_per_token_logps"] = noise[1]
-    if tools:  # two tokens that a tool wrote
+    if tools:  # a tool wrote two tokens
         inputs["tool_mask"] = mask.clone()
         inputs["tool_mask"][0, 2:4] = 0
         inputs["num_items_in_batch"] = inputs["tool_mask"].sum()
@@ -132,7 +133,9 @@ def score(trainer, inputs):
 
 
 def compute_gradient(trainer, inputs):
-    """(loss, the adapter's gradient) of one micro-batch, through the trainer's own cut."""
+    """Return the loss and the gradient of the adapter for one micro-batch. The trainer splits the
+    micro-batch into packs.
+    """
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, dict(inputs))
     trainer.accelerator.backward(loss)
@@ -141,8 +144,10 @@ def compute_gradient(trainer, inputs):
 
 
 @pytest.fixture
-def as_written(trainer, request):
-    """The trainer with the options of one loss; put back afterwards."""
+def loss_case(trainer, request):
+    """The trainer with the options of one loss, and the arguments for ``make_batch``. The options
+    are restored after the test.
+    """
     options = dict(request.param)
     made = {name: options.pop(name) for name in ("old", "tools") if name in options}
     made["beta"] = options.get("beta", 0.0)
@@ -166,9 +171,9 @@ def test_packed_scores_equal_padded_scores(trainer):
         assert (mine - theirs).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("as_written", LOSSES.values(), ids=list(LOSSES), indirect=True)
-def test_every_split_gives_the_gradient_of_a_padded_batch(as_written):
-    trainer, made = as_written
+@pytest.mark.parametrize("loss_case", LOSSES.values(), ids=list(LOSSES), indirect=True)
+def test_every_split_gives_the_gradient_of_a_padded_batch(loss_case):
+    trainer, made = loss_case
     inputs = make_batch(**made)
     trainer.padding_free = False
     loss, theirs = compute_gradient(trainer, inputs)
@@ -179,7 +184,7 @@ def test_every_split_gives_the_gradient_of_a_padded_batch(as_written):
         trainer.pack_tokens = tokens
         own_loss, mine = compute_gradient(trainer, inputs)
         cuts.append(trainer.part_count)
-        # Two rows have no advantage; with a reference they have a term of the loss nevertheless.
+        # Two rows have the advantage 0. Without a reference, they are left out.
         left_out = 0 if made["beta"] else 2 / 8
         assert trainer._metrics["train"]["packing/skipped_rows"][-1] == left_out
         assert (mine - theirs).norm() < 1e-5 * theirs.norm()

@@ -1,4 +1,4 @@
-"""The packed pass against TRL's padded one: the same numbers and the same gradient."""
+"""The packed pass gives the same metrics and the same gradient as TRL's padded pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PaddedTrainer(GRPOTrainer):
 
 
 def adapter_change(trainer):
-    """The change of the adapter after some SGD steps, which shows the gradients."""
+    """Train with SGD and return the change of the adapter, which shows the gradients."""
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     after = dict(trainer.model.named_parameters())
@@ -87,14 +87,14 @@ def test_packs_give_the_gradient_and_the_metrics_of_a_padded_batch(tmp_path, cas
     for packed_row, padded_row in zip(loss_rows(packed), loss_rows(padded), strict=True):
         assert packed_row.keys() >= padded_row.keys()
         for name, value in padded_row.items():
-            # The pass leaves out rows without an advantage, so the entropy is that of the others.
+            # The packed pass leaves out rows with the advantage 0. The entropy lacks these rows.
             tolerance = 1e-2 if name == "entropy" else 1e-5
             if not any(clock in name for clock in CLOCKS):
                 assert packed_row[name] == pytest.approx(value, rel=tolerance, abs=1e-6), name
 
 
 def test_a_model_without_an_adapter_has_a_separate_reference(tmp_path):
-    """TRL then loads a second model as the reference, and its head computes no entropy."""
+    """TRL loads a second model as the reference. The head of this model computes no entropy."""
     make_model(3).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     results = {}

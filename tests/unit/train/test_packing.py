@@ -1,4 +1,4 @@
-"""How rows are distributed over packs: by their lengths, evenly, and over the requested number."""
+"""Rows are distributed over packs by their lengths, or evenly over a requested number of packs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_group_stays_in_one_pack_if_it_fits() -> None:
     rows = [Row(n, first if n % 2 else second, 10) for n in range(8)]
     packs = split_rows(rows, 45)
     assert [{row.prompt for row in pack} for pack in packs] == [{second}, {first}]
-    # Four completions of ten tokens, and two tokens of the prompt once.
+    # A pack has four rows of ten tokens, and the two tokens of the prompt before its last token.
     assert [count_pack_tokens(pack) for pack in packs] == [42, 42]
 
 

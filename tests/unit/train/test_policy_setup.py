@@ -1,4 +1,4 @@
-"""A trainer is set up for its model: one GPU, the model's dtype, a float32 adapter."""
+"""A trainer uses one GPU, the number format of its model, and a float32 adapter."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_trainer_of(model, config, **more):
 
 @pytest.mark.parametrize("kind", [GRPOConfig, trl.GRPOConfig])
 def test_one_process_uses_one_of_several_visible_gpus(tmp_path, kind):
-    """transformers counts the visible GPUs into ``_n_gpu``; TRL refuses more than one."""
+    """transformers sets ``_n_gpu`` to the number of visible GPUs. TRL refuses more than one."""
     config = kind(**{**trl_fields(tmp_path), "fp16": False})
     config._n_gpu = 4
     trainer = make_trainer_of(make_policy(), config)
@@ -57,7 +57,7 @@ def trl_fields(folder):
 
 
 def load_policy(dtype, *, engine=False):
-    """A policy as FastLanguageModel makes it; with ``engine``, as one with an engine on it."""
+    """Return a policy like one that FastLanguageModel loads, with or without an engine."""
     model = make_policy().to(dtype)
     model.toolkit_full_finetuning = False
     if engine:
@@ -114,7 +114,9 @@ def test_a_format_that_differs_from_the_engine_is_an_error(tmp_path):
 
 
 def test_a_format_that_the_user_set_is_kept(tmp_path):
-    """Mixed precision over float32 weights is a choice where the model itself is sampled from."""
+    """Without an engine, the model itself generates the completions. So mixed precision over
+    float32 weights is allowed.
+    """
     trainer = make_trainer_of(
         load_policy(torch.float32), make_config(tmp_path, GRPOConfig, bf16=True)
     )
@@ -175,7 +177,7 @@ def test_the_adapter_that_trl_makes_on_a_quantized_model_is_float32(tmp_path):
     assert adapter_dtypes(trainer) == {torch.float32}
 
 
-# --- adapters from elsewhere
+# --- adapters that the toolkit did not make
 
 LORA = {"r": 4, "target_modules": ["q_proj"]}
 UNSUPPORTED_ADAPTERS = {
@@ -246,7 +248,7 @@ def test_a_model_without_trainable_parameters_is_an_error(tmp_path):
         make_trainer_of(model, arguments(tmp_path))
 
 
-# --- the base never changes
+# --- the base weights never change
 
 
 def test_a_run_records_that_the_base_did_not_change(tmp_path):

@@ -46,7 +46,7 @@ LLAMA = {
 
 
 def write_run(folder: Path) -> Path:
-    """A small run."""
+    """Write the model, the data and the run file of a small run. Return the run file."""
     model = folder / "model"
     model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(LLAMA))
@@ -68,7 +68,7 @@ def write_run(folder: Path) -> Path:
 def preflight_json(
     folder: Path, node: NodeSnapshot, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
-    """preflight.json of a small run on a given node."""
+    """Return the content of preflight.json for a small run on ``node``."""
     run_file = write_run(folder)
     monkeypatch.setattr(preflight, "take_snapshot", lambda **_: node)
     checked = preflight.preflight(load_run(run_file), raise_on_failure=False)
@@ -141,7 +141,7 @@ def test_each_rank_checks_its_own_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     run = resolve_run(load_run(write_run(tmp_path)), local_situation(node))
     context = preflight.check_context(run, node)
     assert context.gpu_index == 3
-    assert context.world_size == 4  # this node's, not the whole run's
+    assert context.world_size == 4  # of this node, not of the whole run
     assert context.gpu_count == 4
     monkeypatch.setenv("LOCAL_RANK", "8")
     assert preflight.check_context(run, node).gpu_index is None
@@ -168,7 +168,7 @@ def test_all_ranks_are_sized_for_the_smallest_gpu(
     assert tight.device.compute_capability == (9, 0)
     tight_model, alone_model = tight.config.model, alone.config.model
     assert tight_model.gpu_memory_utilization < alone_model.gpu_memory_utilization
-    # From the other side: the process on the card with a tenant comes to the same values.
+    # The process on the GPU with less free memory chooses the same values.
     monkeypatch.setattr(preflight.Device, "from_node", lambda *_: tight.device)
     other = run_preflight(tmp_path / "c", monkeypatch, FakePeers(dataclasses.asdict(alone.device)))
     assert dataclasses.replace(other.config.model, model_name="") == dataclasses.replace(
@@ -179,7 +179,7 @@ def test_all_ranks_are_sized_for_the_smallest_gpu(
 def test_a_larger_gpu_with_too_little_free_memory_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The share of the smallest card is more than the larger one has free."""
+    """The memory share for the smallest GPU is more than the free memory of the larger GPU."""
     with pytest.raises(ConfigError):
         run_preflight(tmp_path, monkeypatch, FakePeers(gpu_fields(400, 80, "NVIDIA B300")))
 
@@ -194,9 +194,9 @@ def test_ranks_with_and_without_a_gpu_are_an_error(
 def test_a_rule_rejects_a_run_that_does_not_fit_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``toolkit train`` judges the run file again, for the device that it finds."""
+    """``toolkit train`` applies the rules to the run file again, for the device of this machine."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(preflight, "run_checks", lambda *_: ())  # of a node and a model that do
+    monkeypatch.setattr(preflight, "run_checks", lambda *_: ())  # no check fails
     run_file = write_run(tmp_path)
     sets = ("--set", "model.attn_implementation=flash_attention_2")
     with pytest.raises(ConfigError, match=r"error\[LOAD023\].*needs a GPU"):

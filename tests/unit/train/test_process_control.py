@@ -36,7 +36,7 @@ def run_in_threads(*processes: Callable[[Peers], Any]) -> list[Any]:
     def process(rank: int) -> None:
         try:
             results[rank] = processes[rank](Peers(store, rank, len(processes)))
-        except Exception as error:  # noqa: BLE001 - it is what the test looks at
+        except Exception as error:  # noqa: BLE001 - the tests inspect it
             results[rank] = error
 
     threads = [threading.Thread(target=process, args=(n,)) for n in range(len(processes))]
@@ -79,7 +79,7 @@ def test_one_process_reports_and_all_exit_with_its_code() -> None:
 
 def test_the_process_with_a_reason_of_its_own_reports_the_failure() -> None:
     class SlowToClaim:
-        """The store as a process sees it that is not scheduled just before it claims the report."""
+        """A store that delays the claim of the report, as if the process was not scheduled."""
 
         def __init__(self, store: Any) -> None:
             self._store = store
@@ -153,7 +153,7 @@ def test_exchange_does_not_wait_for_a_failed_process() -> None:
 def test_exchange_raises_when_a_process_shows_no_sign_of_life() -> None:
     class Stopped(Peers):
         def _listen(self) -> None:
-            """As a process that is stopped: nothing is counted."""
+            """Count nothing, like a process that is stopped."""
 
     store = HashStore()
     Stopped(store, 1, 2)

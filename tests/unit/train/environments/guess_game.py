@@ -1,4 +1,4 @@
-"""An environment of OpenEnv for the tests: guess a number that follows from the seed."""
+"""An OpenEnv environment for the tests. The model guesses a number that the seed determines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Game(Environment[Guess, Seen, State]):
             raise RuntimeError("the board is broken")
         if self.fault == "hangs" and self.tries == 2:
             while True:
-                with suppress(BaseException):  # not even the alarm stops it
+                with suppress(BaseException):  # also the exception of the time limit
                     time.sleep(600)
         if self.fault == "nonsense":
             return Seen(text="odd", reward=float("nan"))

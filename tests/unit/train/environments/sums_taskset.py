@@ -1,4 +1,6 @@
-"""A taskset of verifiers 0.4 for the tests: sums, and kinds of tasks that cannot be trained on."""
+"""A taskset of verifiers 0.4 for the tests. It has sums, and kinds of tasks that the toolkit does
+not support.
+"""
 
 from __future__ import annotations
 
