@@ -1,4 +1,4 @@
-"""Which table of tuned LoRA kernels vLLM reads."""
+"""The choice of the table of tuned LoRA kernels that vLLM reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG = {"2": {"1": {"64": {"4096": {"64": {"block_m": 16}}}}}}
 @pytest.fixture(autouse=True)
 def unset_table_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (FOLDER_VARIABLE, TABLE_VARIABLE):
-        monkeypatch.setenv(name, "x")  # so that it is put back, whatever is done to it
+        monkeypatch.setenv(name, "x")  # so that monkeypatch restores it after any change
         monkeypatch.delenv(name)
     monkeypatch.setattr(lora_tables, "_warned", set())
     monkeypatch.setattr(lora_tables, "_created_folders", {})
@@ -60,7 +60,7 @@ def test_vllm_finds_its_files_under_the_names_of_the_card(tmp_path: Path) -> Non
     names = {path.name for path in folder.iterdir()}
     assert names == {f"NVIDIA_A100_SXM4_80GB_{op}.json" for op in OPS}
     assert json.loads((folder / "NVIDIA_A100_SXM4_80GB_SHRINK.json").read_text()) == CONFIG
-    assert use_table(A100, "0.25.1", shipped) == folder  # a second load in the process
+    assert use_table(A100, "0.25.1", shipped) == folder  # the process loads a second model
 
 
 def test_a_table_for_another_version_is_ignored_with_one_warning(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_variables_of_the_user_take_precedence(
     assert use_table("NVIDIA L4", "0.25.1", shipped) is not None
     monkeypatch.setenv(TABLE_VARIABLE, "off")
     assert use_table(H200, "0.25.1", shipped) is None
-    assert FOLDER_VARIABLE not in os.environ  # not the one that was set a call before
+    assert FOLDER_VARIABLE not in os.environ  # the folder of the previous call is unset
     monkeypatch.delenv(TABLE_VARIABLE)
     monkeypatch.setenv(FOLDER_VARIABLE, "/elsewhere")
     assert use_table(H200, "0.25.1", shipped) is None

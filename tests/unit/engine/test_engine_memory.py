@@ -1,4 +1,4 @@
-"""vLLM's account of its memory, of the releases that name it differently; nothing on the CPU."""
+"""The memory that vLLM's worker reports, for releases that name the attributes differently."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_asleep_bytes_counts_only_sleeping_allocations(monkeypatch: pytest.Monke
     allocator = SimpleNamespace(instance=SimpleNamespace(pointer_to_data=allocations))
     name = "vllm.device_allocator.cumem"
     monkeypatch.delitem(sys.modules, name, raising=False)
-    assert asleep_bytes() == 0  # never imported: nothing can be asleep
+    assert asleep_bytes() == 0  # not imported: no allocation can be asleep
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(CuMemAllocator=allocator))
     assert asleep_bytes() == 5
     allocator.instance = None

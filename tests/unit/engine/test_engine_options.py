@@ -1,4 +1,6 @@
-"""Engine options: refusals before anything heavy is imported, and what vLLM is told."""
+"""Engine options: invalid ones are refused without importing torch or vLLM, and the others reach
+vLLM as its arguments.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def test_a_gpu_uses_graphs_without_compilation_by_default() -> None:
         "compilation_config"
     ]
     assert small_batch_config["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 20]
-    # Our own option, which vLLM does not know.
+    # An option of the toolkit, which vLLM does not have.
     assert "dequantized_rollouts" not in EngineOptions(model="m").to_vllm("cuda")
 
 
@@ -86,7 +88,7 @@ def test_environment_keeps_values_of_the_user(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS"):
         monkeypatch.setenv(name, "x")
-        monkeypatch.delenv(name)  # and restore what was, afterwards
+        monkeypatch.delenv(name)  # monkeypatch restores the original value after the test
     open_engine.prepare_environment()
     import os
 

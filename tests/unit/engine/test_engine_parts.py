@@ -1,4 +1,6 @@
-"""Rollouts cut where memory runs out: every completion once, in its place."""
+"""Rollouts that are split because memory runs out: every completion is generated once and keeps its
+row.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ def rows_of(part: BatchPart) -> list[int]:
 
 
 def expected_rollout(part: BatchPart) -> Rollout:
-    """A completion is its row; its log-probability is minus it."""
+    """The token of each completion is its row number, and its log-probability is minus that
+    number.
+    """
     rows = rows_of(part)
     prompts = [list(prompt) for prompt in part.prompts for _ in range(part.n)]
     logprobs = [[[float(-row)]] for row in rows]
@@ -49,13 +53,11 @@ def test_a_part_that_does_not_fit_is_generated_in_smaller_parts(prompts, n, limi
     )
     assert rollout == expected_rollout(batch)
     assert (max_completions is None) == (not recovered)
+    # A second call starts with the limit that the first one found, so that no part fails.
     again, same = generate_in_parts(
         generate, batch, max_completions, max_num_seqs=at_once, recover=pytest.fail
     )
-    assert (again, same) == (
-        rollout,
-        max_completions,
-    )  # what was found is kept to: nothing fails twice
+    assert (again, same) == (rollout, max_completions)
 
 
 def test_a_rollout_without_logprobs_stays_without_logprobs() -> None:

@@ -1,4 +1,4 @@
-"""Seeds, checks and values of rollouts."""
+"""Seeds of rollouts, checks of their prompts and options, and conversion of vLLM's errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_neighbouring_rows_steps_and_runs_do_not_overlap() -> None:
     assert len(used) == len(batches) * 2048
     assert {request_seed(seed, row) for seed in (0, 1) for row in (0, 1)} == {
         request_seed(0, 0),
-        request_seed(0, 0) + 1,  # as vLLM counts the completions of one request
+        request_seed(0, 0) + 1,  # vLLM adds 1 per completion of one request
         request_seed(1, 0),
         request_seed(1, 0) + 1,
     }

@@ -1,5 +1,5 @@
-"""Two real processes that share a model decide together whether they repeat what one of them had
-no memory for.
+"""Two real processes that share a model: if one runs out of memory, both agree to repeat the step
+or the rollout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def peer_error(number: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    """What each of two processes found."""
+    """The results of each of two worker processes."""
     port = free_port()
     workers = [
         subprocess.Popen(
@@ -51,7 +51,7 @@ def test_all_processes_raise_in_a_failed_step_and_can_repeat_it(
     for number, found in enumerate(results):
         assert found["none"] == 2
         assert found[case] == (OUT_OF_MEMORY if failing in (number, None) else peer_error(failing))
-        assert found[f"{case}, then"] == 2, "the group is as it was"
+        assert found[f"{case}, then"] == 2, "the process group still works"
 
 
 def test_all_processes_repeat_a_rollout(results: list[dict[str, Any]]) -> None:
@@ -67,7 +67,7 @@ def test_a_process_without_an_answer_of_its_peer_raises_an_error(
     assert kind == "ConfigError"
     assert "process 1 ran out of memory during a rollout" in text
     assert "Tried to allocate 2.00 GiB" in text
-    assert results[0]["alone"][0] == "RuntimeError", "the other one finds the connection closed"
+    assert results[0]["alone"][0] == "RuntimeError", "process 0 finds the connection closed"
 
 
 def test_a_single_process_exchanges_no_flags() -> None:

@@ -1,4 +1,6 @@
-"""Hugging Face generation behind RolloutEngine: TRL's layout, and nothing left changed."""
+"""Hugging Face generation as a RolloutEngine: rollouts have TRL's layout, and generating leaves the
+model and the random state unchanged.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,7 @@ def test_there_are_no_log_probabilities_unless_requested(engine: TransformersEng
 
 
 def test_the_generation_config_of_the_checkpoint_is_ignored(model: Any) -> None:
-    """A checkpoint's own temperature or top_k must not change what was asked for."""
+    """The temperature or top_k of a checkpoint must not change the requested sampling."""
     engine = TransformersEngine(model, pad_id=0, end_ids=[2])
     expected = engine.generate(PROMPTS, Sampling(max_tokens=8), seed=3)
     original = model.generation_config
@@ -128,7 +130,7 @@ def test_unsupported_options_raise_errors(engine: TransformersEngine) -> None:
 
 
 def test_a_completion_depends_on_its_row_and_not_on_the_call(engine: TransformersEngine) -> None:
-    """A batch may be cut over ranks, through a group too, or halved where memory runs out."""
+    """A batch may be split over ranks, also within a group, or halved when memory runs out."""
     full_batch = engine.generate(PROMPTS, Sampling(n=4, max_tokens=8), seed=5)
     assert len({tuple(ids) for ids in full_batch.completion_ids}) == 8
     first = [PROMPTS[0]] * 4 + [PROMPTS[1]]

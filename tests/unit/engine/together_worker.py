@@ -1,4 +1,6 @@
-"""One of two processes that agree on what they repeat. Started by test_oom_agreement.py."""
+"""A worker process: one of two that agree on the steps and rollouts that they repeat. Started by
+test_oom_agreement.py.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
 def all_reduce_in_group(mesh: Mesh) -> int:
-    """A collective of the group, as the layers of a split model make it."""
+    """An all-reduce in the group, as the layers of a split model do."""
     tensor = torch.ones(1)
     oom_agreement.check_peers()
     distributed.all_reduce(tensor, group=mesh.group)
@@ -30,7 +32,7 @@ def all_reduce_in_group(mesh: Mesh) -> int:
 
 
 def result_or_error(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the kind of error that it raises."""
+    """The result of a call, or the class name and first line of its error."""
     try:
         return call()
     except (RuntimeError, ConfigError) as error:
@@ -38,7 +40,9 @@ def result_or_error(call: Callable[[], Any]) -> Any:
 
 
 def run_step(mesh: Mesh, fail_after: int | None) -> int:
-    """Three sums in a phase; this process runs out of memory after ``fail_after`` of them."""
+    """Three all-reduces in a phase. This process runs out of memory after ``fail_after`` of
+    them.
+    """
     with repeatable_phase():
         watch_peers()
         total = 0
@@ -81,7 +85,7 @@ def main() -> dict[str, Any]:
         lambda: generate_together(mesh, lambda: draw(True))
     )
     oom_agreement.PEER_TIMEOUT_S = 0.5
-    if number == 1:  # the other waits for it in a collective
+    if number == 1:  # process 0 waits for this process in a collective
         results["alone"] = result_or_error(lambda: generate_together(mesh, lambda: draw(True)))
         return results
     results["alone"] = result_or_error(

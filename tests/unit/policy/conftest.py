@@ -1,4 +1,4 @@
-"""Checkpoints and loaded models for the tests of toolkit.policy."""
+"""Fixtures with checkpoints and loaded models for the tests of toolkit.policy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "fixtures"))
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """These models are too small for more."""
+    """Use one torch thread, because these models are too small for more."""
     import torch
 
     torch.set_num_threads(1)
@@ -21,7 +21,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint's folder; not to be written to."""
+    """The folder of a tiny checkpoint. Tests must not write to it."""
     from tiny_llama import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny") / "model")
@@ -29,7 +29,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(tiny: Path) -> Any:
-    """``load(**arguments)``: (model, tokenizer) of the tiny checkpoint, in float32, 128 tokens."""
+    """``load(**arguments)`` returns (model, tokenizer) of the tiny checkpoint: float32, 128
+    tokens.
+    """
     from toolkit.policy.language_model import FastLanguageModel
 
     def load_tiny(name: Path | str = tiny, **arguments: Any) -> Any:
@@ -41,7 +43,7 @@ def load(tiny: Path) -> Any:
 
 @pytest.fixture
 def adapted(load: Any) -> Any:
-    """``adapted(**arguments)``: the tiny model with an adapter whose B is not zero."""
+    """``adapted(**arguments)`` returns the tiny model with an adapter whose B is not zero."""
     import torch
 
     from toolkit.policy.language_model import FastLanguageModel

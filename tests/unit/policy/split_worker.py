@@ -1,5 +1,5 @@
-"""One of several processes that share a small Llama, without an engine: what each of them computes,
-beside what one process does. Started by test_policy_tensor_parallel.py.
+"""A worker process: one of several that share a small Llama, without an engine. Compares the
+results of the split model with those of a whole model. Started by test_policy_tensor_parallel.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ VOCAB, WIDTH = 100, 128  # the vocabulary, padded to a multiple of 64
 
 
 class EvenSplits:
-    """What vLLM does: even parts, and whole KV heads of which two processes may hold the same."""
+    """Splits as vLLM does: into even parts and whole KV heads; two processes may hold the same
+    head.
+    """
 
     def __init__(self, mesh: Mesh, head_dim: int) -> None:
         self.mesh, self.head_dim = mesh, head_dim
@@ -72,7 +74,7 @@ def forward_and_backward(model: Any, tokens: torch.Tensor, score_tokens_of: Any)
     ((logps * weights).sum() + 0.3 * (entropy * weights**2).sum()).backward()
 
 
-def main(  # noqa: PLR0915 - one process after the other, in one place
+def main(  # noqa: PLR0915 - all comparisons in one function
     kv_heads: int, checkpointing: bool
 ) -> dict[str, Any]:
     distributed.init_process_group("gloo")

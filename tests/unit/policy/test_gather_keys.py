@@ -22,7 +22,7 @@ def make_layout(prompt: int, completions: list[int]) -> PackedLayout:
     ("prompt", "completions"),
     [
         (5, [3, 0, 1, 4]),
-        (8192, [1] * 8),  # the sums are made for a part of the heads at a time
+        (8192, [1] * 8),  # so long that the sums are computed for a few heads at a time
     ],
 )
 def test_the_gradient_of_a_shared_token_is_summed_over_the_segments(

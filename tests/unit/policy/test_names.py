@@ -1,4 +1,4 @@
-"""Slices of fused tensors, from names and shapes alone."""
+"""Slices of fused tensors, planned only from names and shapes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Adapters on disk: what plain PEFT reads, equal bytes, and every way in which a folder can be
-wrong.
+"""Saved adapters: plain PEFT loads them, equal adapters give equal bytes, and a failed save keeps
+the previous adapter.
 """
 
 from __future__ import annotations

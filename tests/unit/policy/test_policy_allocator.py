@@ -1,5 +1,5 @@
-"""Expandable segments are set where a card can map memory by pages, and the user's own setting
-stays.
+"""Expandable segments are enabled only if all GPUs can map memory by pages. The user's own setting
+is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from toolkit.policy.cuda_allocator import VIRTUAL_MEMORY_ATTRIBUTE, use_expandab
 
 
 class FakeCudaDriver:
-    """libcuda's functions that are called, with a code for each that is to fail."""
+    """The called functions of libcuda. ``error_codes`` has a code for each function that must
+    fail.
+    """
 
     def __init__(self, gpu_count: int = 1, supported: int = 1, **error_codes: int) -> None:
         self.gpu_count, self.supported, self.error_codes = gpu_count, supported, error_codes
@@ -42,7 +44,7 @@ class FakeCudaDriver:
 @pytest.fixture(autouse=True)
 def unset_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ALLOCATOR_VARIABLES:
-        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.setenv(name, "")  # monkeypatch restores the original value after the test
 
 
 def allocator_settings() -> list[str | None]:

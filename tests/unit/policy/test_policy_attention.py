@@ -1,4 +1,4 @@
-"""The attention of a model that caps its scores."""
+"""The choice of the attention implementation, also for models that cap their attention scores."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config_with_cap(cap: float | None) -> Any:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with a GPU: flex attention has no backward pass on a CPU."""
+    """Simulate a machine with a GPU, because flex attention has no backward pass on a CPU."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
 
 
@@ -42,7 +42,7 @@ def test_without_a_cap_the_requested_attention_is_used(requested: str | None) ->
         ("kernels-community/flash-attn", "llama", "code from the hub"),
         ("flash_attention_2", "llama", "needs a GPU"),
         ("flex_attention", "llama", "no backward pass for it on a CPU"),
-        ("sdpa", "gpt_oss", "has no sdpa attention"),  # its sinks
+        ("sdpa", "gpt_oss", "has no sdpa attention"),  # because of its attention sinks
         ("flex_attention", "falcon", "has no flex_attention"),
     ],
 )
@@ -65,7 +65,7 @@ def test_with_a_cap_only_attention_that_applies_it_is_used() -> None:
 
 @pytest.fixture(scope="module")
 def capped_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Gemma 2, whose scores are far above its cap."""
+    """The checkpoint of a small Gemma 2 whose attention scores are far above its cap."""
     from tiny_llama import make_tiny
     from transformers import Gemma2Config, Gemma2ForCausalLM
 

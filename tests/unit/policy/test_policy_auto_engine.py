@@ -1,4 +1,6 @@
-""" "auto" in from_pretrained is what the sizer gives a run file with the same model keys."""
+"""With "auto", from_pretrained chooses the values that the sizer gives a run file with the same
+model keys.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ AUTO = {"gpu_memory_utilization": "auto", "max_lora_rank": "auto"}
 
 @pytest.fixture
 def model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model's folder, on a node with a GPU."""
+    """The folder of a model, on a simulated node with GPUs."""
     node = node_from_json(cases.load("h100x8-healthy").node)
     monkeypatch.setattr(auto_engine, "take_snapshot", lambda: node)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -61,7 +63,7 @@ def options_for(model_folder: Path, adapter: Any = None, **arguments: Any) -> An
 
 
 def sized_run_file(model_folder: Path, lora: str, *, world_size: int = 1, **keys: Any) -> Any:
-    """The sizer's choice for a run file on the same GPU."""
+    """The model section with the values that the sizer chooses for a run file on the same GPU."""
     values = {
         "max_seq_length": 2048,
         "enable_sleep_mode": False,

@@ -1,4 +1,4 @@
-"""Finding a checkpoint: folders, hub ids, adapters, and what the hub answers."""
+"""Finding a checkpoint: folders, hub ids, adapters, and errors of the hub."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_error_of_the_hub_is_reported_without_the_token(
 def test_an_adapter_is_recognized_by_its_files(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     assert find_checkpoint(str(tmp_path)).is_adapter
-    (tmp_path / "config.json").write_text("{}")  # some repositories hold the base's as well
+    (tmp_path / "config.json").write_text("{}")  # some repositories also have the base's config
     assert find_checkpoint(str(tmp_path)).is_adapter
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert not find_checkpoint(str(tmp_path)).is_adapter
@@ -66,7 +66,7 @@ def test_an_adapter_is_recognized_by_its_files(tmp_path: Path) -> None:
 def test_a_relative_folder_is_stored_as_an_absolute_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An adapter records its base: the name must hold from any folder."""
+    """An adapter records the path of its base, which must be valid from any working directory."""
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint("model").name == str(tmp_path / "model")

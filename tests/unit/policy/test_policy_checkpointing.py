@@ -1,4 +1,4 @@
-"""use_gradient_checkpointing: what each value switches, and that it lasts."""
+"""use_gradient_checkpointing: the effect of each value, and that the effect persists."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_a_model_without_checkpointing_stays_without_it(adapted: Any) -> None:
 
 
 class Recorder:
-    """A stand-in for a transformers model on a GPU: it records what enabling is asked for."""
+    """A fake transformers model on a GPU that records the arguments of
+    gradient_checkpointing_enable.
+    """
 
     device = torch.device("cuda", 0)
     supports_gradient_checkpointing = True
@@ -97,7 +99,9 @@ def test_without_unsloth_mode_nothing_is_offloaded() -> None:
 def test_auto_chooses_by_free_memory(
     monkeypatch: pytest.MonkeyPatch, free_bytes: int, mode: Any
 ) -> None:
-    """8 sequences of 1000 tokens, 32 layers of 1000 bfloat16 values: 0.5 GB of hidden states."""
+    """8 sequences of 1000 tokens in 32 layers with hidden size 1000 have 0.5 GB of hidden states in
+    bfloat16.
+    """
     monkeypatch.setattr(gradient_checkpointing, "free_memory_bytes", lambda device: free_bytes)
     config = SimpleNamespace(hidden_size=1000, num_hidden_layers=32, max_position_embeddings=9)
     config.get_text_config = lambda: config
@@ -120,7 +124,9 @@ def test_a_model_without_support_is_refused() -> None:
 
 
 def test_a_deep_copy_switches_only_itself(adapted: Any) -> None:
-    """TRL copies reference models: the copy's methods must not reach back."""
+    """TRL deep-copies reference models: the methods of the copy must not change the original
+    model.
+    """
     model = adapted(use_gradient_checkpointing=True)
     twin = copy.deepcopy(model)
     twin.gradient_checkpointing_disable()

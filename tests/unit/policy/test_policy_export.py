@@ -1,4 +1,6 @@
-"""Merged weights: plain transformers loads them, and they answer as base and adapter do."""
+"""Merged weights: plain transformers loads them, and their logits equal those of base and
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def test_the_base_folder_is_unchanged(adapted: Any, tiny: Path, tmp_path: Path) 
 
 
 def test_merged_weights_are_rounded_once(adapted: Any, load: Any, tmp_path: Path) -> None:
-    """bfloat16: each merged weight is the float32 sum, rounded; not a sum of rounded parts."""
+    """In bfloat16, each merged weight is the rounded float32 sum, not a sum of rounded parts."""
     from safetensors.torch import load_file
     from tiny_llama import make_tiny
 

@@ -1,4 +1,6 @@
-"""One base has one fingerprint, however it is loaded; another base has another."""
+"""A base model has the same fingerprint however it is loaded. Another base model has another
+one.
+"""
 
 from __future__ import annotations
 
@@ -85,16 +87,18 @@ def test_a_4bit_base_is_identified_by_its_files(base_folder: Path) -> None:
     assert is_recorded_base(recorded_digests(unquantized), packed) is True
 
 
-@pytest.mark.parametrize("twice", [False, True], ids=["plain", "engine"])
+@pytest.mark.parametrize("tied_twice", [False, True], ids=["plain", "engine"])
 def test_an_adapter_of_version_0_1_still_loads(
-    base_folder: Path, tmp_path: Path, twice: bool
+    base_folder: Path, tmp_path: Path, tied_twice: bool
 ) -> None:
-    """Its base.json has one digest; with an engine a tied head was listed a second time."""
+    """The base.json of version 0.1 has only one digest. With an engine, this digest counted a tied
+    head twice.
+    """
     model = FastLanguageModel.get_peft_model(load_model(base_folder), r=4)
     saved = Path(model.save_lora(tmp_path / "adapter"))
     old = {
         "base_model_name_or_path": str(base_folder),
-        "fingerprint": weights_digest(model, tied_twice=twice),
+        "fingerprint": weights_digest(model, tied_twice=tied_twice),
     }
     (saved / "base.json").write_text(json.dumps(old))
     assert load_model(base_folder).load_lora(saved)

@@ -1,4 +1,6 @@
-"""Fused kernels on a model's own layers: only where they compute the same, and off with one key."""
+"""Fused kernels in a model's own layers: a kernel is used only if it computes the same as the
+layer, and one key disables all kernels.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,11 @@ FAMILIES = {
 }
 
 
-# --- what Liger 0.8.5 computes, in plain torch
+# --- the kernels of Liger 0.8.5, written in plain torch
 
 
 def rms_norm(x, weight, eps, offset=0.0, casting_mode="llama", in_place=True):
-    assert not in_place  # it would write over a gradient that others read
+    assert not in_place  # in place, the kernel would overwrite a gradient that is still needed
     normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     if casting_mode == "llama":
         return (offset + weight) * normed.to(x.dtype)
@@ -146,7 +148,7 @@ def test_a_kernel_with_other_gradients_is_not_used():
 
 
 def test_exact_gelu_does_not_use_the_tanh_kernel():
-    model = small_model("llama", torch.bfloat16, hidden_act="gelu")  # the kernel has the tanh form
+    model = small_model("llama", torch.bfloat16, hidden_act="gelu")  # the kernel computes tanh GELU
     assert "GELUActivation" in apply_kernels(model, KERNELS).refusal_reasons["LlamaMLP"]
 
 
@@ -168,7 +170,7 @@ def test_on_the_cpu_only_true_is_refused():
 
 
 def pretend_on_gpu(model):
-    """The model as far as the switch looks at it."""
+    """The model with a parameter whose device is a GPU: use_fused_kernels reads only the device."""
 
     class Card:
         device = torch.device("cuda")

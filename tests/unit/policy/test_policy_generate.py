@@ -1,4 +1,6 @@
-"""fast_generate on the Hugging Face engine: prompts, options, requests, and what is refused."""
+"""fast_generate on the Hugging Face engine: prompts, options, LoRA requests, and refused
+arguments.
+"""
 
 from __future__ import annotations
 

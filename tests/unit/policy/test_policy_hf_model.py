@@ -1,4 +1,4 @@
-"""The base model: dtype, positions, completeness, and checkpoints that are wrong in every way."""
+"""Loading the base model: dtype, positions, missing tensors, and invalid checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from toolkit.policy.language_model import FastLanguageModel
 
 @pytest.fixture
 def checkpoint_copy(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint to break."""
+    """A copy of the checkpoint that a test may change."""
     return Path(shutil.copytree(tiny, tmp_path / "copy"))
 
 
@@ -49,7 +49,7 @@ def test_the_model_computes_like_transformers(load: Any, tiny: Path, ids: Any) -
         ({"float32_mixed_precision": True}, torch.float32),
     ],
 )
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU chooses")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the choice on a machine without a GPU")
 def test_the_dtype_on_a_cpu(load: Any, arguments: dict[str, Any], dtype: torch.dtype) -> None:
     assert load(**arguments)[0].dtype is dtype
 

@@ -1,4 +1,4 @@
-"""An index of weights may only name files of its own folder."""
+"""A weight index may only name files in its own folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FastLanguageModel as a whole, adapters as models, and a run file's policy."""
+"""FastLanguageModel: loading an adapter folder as a model, and loading the policy of a run file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""LongRoPE above its original length: the engine and the trainer would turn positions otherwise."""
+"""LongRoPE above its original length is refused: engine and trainer would rotate positions
+differently.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter itself: PEFT's class, no logit changed, the same bytes from the same seed."""
+"""A new adapter: it has PEFT's class, it changes no logits, and equal seeds give equal tensors."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_without_an_engine_pefts_own_options_work(load: Any, ids: Any, values: A
 
 
 def test_a_rank_above_the_engines_maximum_is_refused(load: Any) -> None:
-    """The refusal is here, not in the engine's first step."""
+    """get_peft_model refuses the rank, before the engine's first step."""
     from types import SimpleNamespace
 
     model, _ = load()

@@ -1,4 +1,6 @@
-"""Adapted 4-bit layers: PEFT's numbers to rounding, no unpacked weight kept."""
+"""Adapted 4-bit layers: their results equal PEFT's up to rounding, and autograd saves no unpacked
+weight.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from toolkit.policy.lora_layer import FastForward, use_fast_layers
 
 
 class UnpackedBase(NamedTuple):
-    """A base that hands its weight out as a packed one does."""
+    """An unpacked base layer with the interface of a packed one."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -66,7 +68,7 @@ def make_model_4bit(fast: bool) -> Any:
 
 
 def forward_and_backward(model: Any) -> tuple[dict[str, torch.Tensor], int]:
-    """Output and gradients, and the bytes that autograd keeps beside the parameters."""
+    """Output and gradients, and the bytes that autograd saves in addition to the parameters."""
     torch.manual_seed(5)
     x = torch.randn(3, 7, 64, dtype=torch.bfloat16, requires_grad=True)
     saved_storage_bytes: dict[int, int] = {}
@@ -89,7 +91,7 @@ def forward_and_backward(model: Any) -> tuple[dict[str, torch.Tensor], int]:
     )
 
 
-@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own, about its CPU kernels
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes warns about its CPU kernels
 def test_4bit_layers_compute_like_peft_and_save_less_memory() -> None:
     fast = make_model_4bit(fast=True)
     layers = [module for module in fast.modules() if isinstance(module, FastForward)]

@@ -1,4 +1,6 @@
-"""Adapted layers under bfloat16 autocast: as near to float32 as PEFT's own, with less kept."""
+"""Adapted layers under bfloat16 autocast: their errors are not larger than those of PEFT's layers,
+and autograd saves less memory.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ INS, OUTS, RANK, ALPHA = 96, 160, 8, 24
 
 
 class ThreeLayerModel(nn.Module):
-    """Two layers on one input, as q and k are, and one behind them; one with a bias."""
+    """Two layers with the same input, like q and k, and a layer after them. One layer has a
+    bias.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +59,7 @@ def x() -> torch.Tensor:
 
 
 def float64_results(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same weights in float64, by PEFT itself."""
+    """The results of PEFT's own layers with the same weights in float64."""
     model = make_adapted_model(torch.bfloat16, fast=False).double()
     return {name: value.float() for name, value in outputs_and_gradients(model, x.double()).items()}
 
@@ -93,7 +97,7 @@ def test_only_the_adapter_has_gradients_in_its_own_dtype(x: torch.Tensor) -> Non
 
 
 def saved_bytes(model: Any, x: torch.Tensor) -> int:
-    """Storages that autograd keeps for the backward pass, those of parameters aside."""
+    """Bytes that autograd saves for the backward pass, without the parameters."""
     storages: dict[int, int] = {}
 
     def record_storage(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,7 +118,8 @@ def test_the_input_is_saved_only_once(x: torch.Tensor) -> None:
         saved_bytes(make_adapted_model(torch.bfloat16, fast=fast), x) for fast in (True, False)
     )
     rows = x.shape[0] * x.shape[1]
-    # Left and right share theirs; those of PEFT are a copy for each, beside the adapter's casts.
+    # The layers left and right share one saved input. PEFT saves a copy for each of them, and the
+    # adapter's casts.
     assert bytes_saved <= peft_bytes_saved - rows * INS * x.element_size()
 
 

@@ -1,4 +1,6 @@
-"""Weights lie in memory of this process: a file that changes afterwards changes nothing."""
+"""Loaded weights are in the memory of the process: a later change of the file does not change
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every parameter of from_pretrained is honoured or refused by name, before anything is loaded."""
+"""Every parameter of from_pretrained is applied or refused by name, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_from_pretrained_has_the_drop_in_signature() -> None:
 
 
 def test_every_parameter_is_in_one_table() -> None:
-    """A parameter that no table knows would be dropped: it is refused as unknown instead."""
+    """A parameter that is in no table would be ignored silently."""
     from toolkit.policy.language_model import FastLanguageModel
 
     parameters = set(inspect.signature(FastLanguageModel.from_pretrained).parameters) - {"kwargs"}

@@ -1,5 +1,5 @@
-"""Adapters from elsewhere: every way in which a folder can be wrong, refused with the
-difference.
+"""Reading saved adapters: an adapter that does not match the model or is invalid is refused, and
+the error names the difference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""get_peft_model's table, row by row, without a model."""
+"""The checks of the settings of get_peft_model, without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A run that starts from an adapter: what it takes from it, and what is refused."""
+"""A run that starts from an adapter: the settings that come from the adapter, and the adapters that
+are refused.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def read_run(folder: Path, lora: str, model: Path | None = None) -> Any:
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, and the adapter of a run file with patterns on it."""
+    """A folder with a model, and with an adapter of this model from a run file with patterns."""
     folder = tmp_path_factory.mktemp("first")
     make_tiny(folder / "model")
     config = read_run(
@@ -124,7 +126,9 @@ def test_invalid_patterns_are_refused(first_run: Path, value: Any) -> None:
 def test_adapters_that_cannot_start_a_run_are_refused(
     first_run: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    """By the rule; and by the loader, where a run is made without the validator."""
+    """The rule LORA040 refuses the adapter. If a run is started without the validator, the loader
+    refuses it.
+    """
     config = read_run(first_run, "adapter_path: adapter")
     folder = Path(shutil.copytree(first_run / "adapter", tmp_path / "adapter"))
     settings = json.loads((folder / "adapter_config.json").read_text())

@@ -1,4 +1,6 @@
-"""Adapters on a mixture of experts: attention unless named, and never what cannot be sampled."""
+"""Adapters on a mixture-of-experts model: by default only attention is adapted, and modules that
+the engine cannot adapt are refused.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 @pytest.fixture
 def moe_model() -> Any:
-    """A tiny Qwen3-MoE: every layer has experts."""
+    """A tiny Qwen3-MoE model whose layers all have experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     return Qwen3MoeForCausalLM(
@@ -37,7 +39,7 @@ def moe_model() -> Any:
 
 
 def adapted_layers(model: Any) -> set[str]:
-    """The last names of what is trained."""
+    """The last name components of the adapted layers."""
     names = [name for name, value in model.named_parameters() if value.requires_grad]
     return {name.partition(".lora_")[0].rpartition(".")[2] for name in names}
 

@@ -1,4 +1,4 @@
-"""A chat template that loops or explodes is stopped, by its time, its memory and its size."""
+"""Limits of time, memory and text size stop a chat template that loops or renders a huge text."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_limits_are_copied_with_the_tokenizer_but_not_saved(tmp_path: Path) 
 
 
 def tokenizer_with_response_template(pattern: str, arguments: dict[str, Any] | None = None) -> Any:
-    """A tokenizer that reads a call of a tool from every completion, by ``pattern``."""
+    """A tokenizer whose response template reads a tool call from each completion by ``pattern``."""
     tokenizer = make_tokenizer(SIMPLE_TEMPLATE)
     call = {"name": "f", "arguments": arguments or {"text": "{said}"}}
     tokenizer.response_template = {
@@ -142,7 +142,9 @@ def test_a_response_pattern_that_never_ends_is_stopped(monkeypatch) -> None:
 
 
 def test_a_lone_surrogate_in_a_tool_call_is_escaped() -> None:
-    """As a model writes it in JSON: it becomes text that can be rendered and tokenized."""
+    """A model can write a lone surrogate in JSON. It becomes text that can be rendered and
+    tokenized.
+    """
     limited = tokenizer_with_response_template(
         "(?P<said>.+)", {"text": ["{said}", "\ud800"], "\udfff": 1}
     )

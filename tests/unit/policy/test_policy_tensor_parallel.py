@@ -1,5 +1,5 @@
-"""A model that several processes share computes and trains as one process does: torch alone, no
-engine. tests/engine/test_engine_tensor_parallel.py has the engine.
+"""A model that several processes share computes and trains the same as in one process. These tests
+use only torch; tests/engine/test_engine_tensor_parallel.py tests the engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def run_workers(size: int, *arguments: str) -> list[dict[str, Any]]:
-    """What each of ``size`` workers found."""
+    """Run ``size`` worker processes; return the results of each."""
     port = free_port()
     workers = [
         subprocess.Popen(
@@ -38,7 +38,7 @@ def run_workers(size: int, *arguments: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("size", "kv_heads", "mode"),
     [
-        (2, 1, "checkpointing"),  # one KV head on both, tied tables
+        (2, 1, "checkpointing"),  # both processes hold the one KV head; tied embeddings
         (2, 2, "plain"),
         (4, 2, "plain"),
         (4, 4, "checkpointing"),
@@ -49,11 +49,11 @@ def test_processes_that_share_a_model_train_like_one_process(
 ) -> None:
     for results in run_workers(size, str(kv_heads), mode):
         assert results["logits"] < 1e-5
-        assert results["same start"], "an adapter does not depend on the number of processes"
+        assert results["same start"], "a new adapter must not depend on the number of processes"
         assert results["written"]
         assert results["gradient"] < 1e-5 * max(1.0, results["largest gradient"])
-        assert results["norm"] < 1e-3, "of the fourth step, after three of AdamW"
-        assert results["adapter"] < 1e-4, "four steps of AdamW"
+        assert results["norm"] < 1e-3, "gradient norms of four AdamW steps"
+        assert results["adapter"] < 1e-4, "the adapter after four AdamW steps"
         assert results["state"] < 1e-6
         assert results["state read back"]
         assert results["parts"]

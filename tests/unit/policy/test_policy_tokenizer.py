@@ -1,4 +1,6 @@
-"""Padding: on the left, by a token that ends nothing, and never by a new one."""
+"""Padding is on the left. The padding token ends no sequence, and it is never added to the
+vocabulary.
+"""
 
 from __future__ import annotations
 

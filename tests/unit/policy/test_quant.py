@@ -1,4 +1,6 @@
-"""The pure part of 4-bit sharing: shapes, offsets and states. bitsandbytes itself: tests/gpu."""
+"""Sharing of 4-bit weights without bitsandbytes: shapes, offsets and quantization states. tests/gpu
+tests it with bitsandbytes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from toolkit.policy.weight_names import Slice
 
 
 class FakeQuantState:
-    """The fields of ``bitsandbytes.functional.QuantState`` that are read."""
+    """The fields of ``bitsandbytes.functional.QuantState`` that the toolkit reads."""
 
     def __init__(self, absmax: torch.Tensor, shape: Any, **others: Any) -> None:
         self.absmax, self.shape, self.nested = (
@@ -31,7 +33,9 @@ class FakeQuantState:
 
 
 def make_packed_weight(*rows: int, columns: int = 64, **state_values: Any) -> torch.Tensor:
-    """What vLLM makes of a fused layer: (n, 1) bytes, offsets in bytes, a state a part."""
+    """The packed weight of a fused layer in vLLM: (n, 1) bytes, offsets in bytes, and one state per
+    part.
+    """
     sizes = [row * columns // 2 for row in rows]
     tensor = torch.nn.Parameter(
         torch.arange(sum(sizes)).to(torch.uint8)[:, None], requires_grad=False
