@@ -276,7 +276,7 @@ time.sleep(120)
 """
 
 
-def test_nothing_is_left_when_the_run_is_killed(tmp_path: Path) -> None:
+def test_no_process_is_left_when_the_run_is_killed(tmp_path: Path) -> None:
     (tmp_path / "hostile.py").write_text(HOSTILE.read_text())
     command = [sys.executable, "-c", RUN, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
@@ -292,7 +292,7 @@ def test_nothing_is_left_when_the_run_is_killed(tmp_path: Path) -> None:
         assert not any(_is_alive(pid) for pid in left)
 
 
-def test_nothing_is_left_when_a_run_between_two_calls_is_killed(tmp_path: Path) -> None:
+def test_no_process_is_left_when_a_run_between_two_calls_is_killed(tmp_path: Path) -> None:
     (tmp_path / "hostile.py").write_text(HOSTILE.read_text())
     text = RUN.replace("starts_a_process_and_hangs", "starts_a_process")
     command = [sys.executable, "-c", text, str(tmp_path)]
