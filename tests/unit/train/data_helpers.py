@@ -18,7 +18,8 @@ TEMPLATE = (
 def make_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per word of its vocabulary, and <unk> for other words.
 
-    With ``chat``, the tokenizer has a chat template. Without, it adds <s> in front of each text.
+    With ``chat``, the tokenizer has a chat template. Without ``chat``, it adds <s> in front of
+    each text.
     """
     words = [f"w{number}" for number in range(50)] + list(
         "abcdefghijklmnopqrstuvwxyz .,<>/0123456789"

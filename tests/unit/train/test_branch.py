@@ -1,4 +1,6 @@
-"""Which checkpoints belong to a run, and what a run moves when it resumes from an earlier one."""
+"""Which checkpoints belong to a run, and what a run moves when it resumes from an earlier
+checkpoint.
+"""
 
 from __future__ import annotations
 

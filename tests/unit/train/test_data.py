@@ -1,4 +1,4 @@
-"""load_data: the rows for the trainer, the report on the data, and the errors."""
+"""load_data returns the rows for the trainer, reports on the data, and refuses invalid data."""
 
 from __future__ import annotations
 

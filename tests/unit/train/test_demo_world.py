@@ -1,4 +1,4 @@
-"""Tests of the demo: its answers, its held-out problems and its files."""
+"""The demo: answers with and without the carry, held-out problems, and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run resumes in a folder with unusable files: the files are refused or skipped."""
+"""A run resumes in a folder with invalid files. The files are refused or skipped."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_hidden_gpus_make_a_cpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 class FakePeers:
-    """Peers whose other processes have already sent their devices."""
+    """The peers of a process. The other processes have already sent their devices."""
 
     def __init__(self, *others: dict[str, Any] | None) -> None:
         self.others, self.size, self.rank = others, 1 + len(others), 0

@@ -1,4 +1,4 @@
-"""Messages between the processes of a run: one process reports, all exit with its code."""
+"""When a process of a run fails, one process reports the error, and all exit with its exit code."""
 
 from __future__ import annotations
 
