@@ -217,10 +217,11 @@ def expected_checkpoint_names(
 ) -> set[str]:
     """Return the tensor names that a checkpoint must have for the parameters ``parameter_shapes``.
 
-    ``checkpoint_names`` has the names of the tensors in the checkpoint. Hugging Face has one tensor
-    for all experts of a layer (``mlp.experts.down_proj``), but most checkpoints have one tensor per
-    expert (``mlp.experts.7.down_proj.weight``). For such a checkpoint, the result has the names for
-    every expert of every layer. If one expert has a tensor, all experts must have this tensor.
+    ``checkpoint_names`` has the names of the tensors in the checkpoint. A Hugging Face model has
+    one parameter for all experts of a layer (``mlp.experts.down_proj``), but most checkpoints have
+    one tensor per expert (``mlp.experts.7.down_proj.weight``). For such a checkpoint, the result
+    has the names for every expert of every layer. If one expert has a tensor, all experts must have
+    this tensor.
     """
     expert_tensor_names = {
         match[1] for name in checkpoint_names if (match := SINGLE_EXPERT_PATTERN.fullmatch(name))

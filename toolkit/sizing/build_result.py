@@ -290,9 +290,9 @@ def _packs(candidate: Candidate) -> PackPart | None:
 
 
 def _dequantized_rollouts(candidate: Candidate) -> bool | int:
-    """The value of model.dequantized_rollouts: True if 16-bit copies of all 4-bit layers fit,
-    False for no copies. Otherwise the number of bytes that may be used for copies; the largest
-    layers are copied first.
+    """Return the value of ``model.dequantized_rollouts``. If 16-bit copies of all 4-bit layers fit,
+    the value is True. If there are no copies, it is False. Otherwise, the value is the number of
+    bytes that may be used for copies. The largest layers are copied first.
     """
     copies = candidate.plan.copies_bytes
     return copies if 0 < copies < all_copies_bytes(candidate.spec, candidate.plan) else copies > 0

@@ -130,8 +130,10 @@ def calibrate(run_dir: Path) -> Calibration:
 
 
 def compare(sizing: Mapping[str, Any], measured: Mapping[str, Any]) -> Calibration:
-    """Compare every term that can be measured. ``sizing`` is ``SizingResult.to_json()``, and
-    ``measured`` maps the names in ``MEASURED_TERMS`` and ``PEAK_KEYS`` to bytes.
+    """Compare the predicted and the measured bytes of every term that can be measured.
+
+    ``sizing`` is the prediction, the result of ``SizingResult.to_json()``. ``measured`` maps the
+    names in ``MEASURED_TERMS`` and ``PEAK_KEYS`` to bytes.
 
     Raises InputError if parts of ``sizing`` are missing.
     """

@@ -42,7 +42,7 @@ SAMPLER_BYTES_PER_LOGIT = 18
 
 def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
     """Return every term of the engine's memory except the KV cache. ``spec`` is the part of the
-    model on one card (``split.spec_of_one_card``).
+    model on one card (``tensor_parallel.spec_of_one_card``).
     """
     width = DTYPE_BYTES[plan.dtype]
     weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True)

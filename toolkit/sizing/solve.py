@@ -267,9 +267,10 @@ def _check_kv_cache_size(
 def _largest_suitable(
     evaluate_size: Callable[[int], tuple[Candidate, Fit]], sizes: tuple[int, ...]
 ) -> tuple[Candidate, Fit] | None:
-    """Return the candidate with the largest suitable micro-batch; None if none is suitable.
-    ``sizes`` are the possible micro-batches (for packs: numbers of tokens per pass), in descending
-    order.
+    """Return the suitable candidate (``_is_suitable``) with the largest micro-batch, and its fit.
+    Return None if no candidate is suitable. ``sizes`` are the possible micro-batches (for packs:
+    numbers of tokens per pass), in descending order. ``evaluate_size`` returns the candidate and
+    the fit for one of them.
     """
     pairs: dict[int, tuple[Candidate, Fit]] = {}
 

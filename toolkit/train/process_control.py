@@ -200,7 +200,9 @@ class Peers:
         return None
 
     def _claim_report(self) -> bool:
-        """True if this process is the first that claims to report the failure."""
+        """Claim the right to report the failure. Return True if this process is the first that
+        claims it.
+        """
         return bool(self.store.add("told", 1) == 1)
 
     def _post(self, name: str, value: object = None) -> None:
@@ -247,8 +249,9 @@ class _Heartbeats:
         self._last_tick = now
 
     def record(self, counters: dict[int, int]) -> None:
-        """Record the time for each process whose counter has changed. ``counters`` contains the
-        rank and the counter of each process to watch. All other processes are forgotten.
+        """Record a sign of life of each process whose counter has changed: the current time of the
+        clock. ``counters`` maps the rank of each process to watch to its counter. All other
+        processes are forgotten.
         """
         previous = self._last_changes
         self._last_changes = {

@@ -133,7 +133,9 @@ def _run_locked(
     if resumed is not None:
         size = parallel.parallel_size(config.model.tensor_parallel_size)
         if config.model.tensor_parallel_size != "auto":  # else checked after sizing
-            checkpoint.check_world_size(resumed, parallel.count_replicas(world_size(), size), size)
+            checkpoint.check_replica_count(
+                resumed, parallel.count_replicas(world_size(), size), size
+            )
     recorded = chat_record.with_recorded(micro_batch_record.with_recorded(config, resumed), resumed)
     context = prepare_run(recorded, run_dir, control.peers, options.check_rules)
     config = chat_record.config_to_record(
@@ -284,12 +286,12 @@ def _train(
         peers.exchange("ready")  # the first rank may evaluate for longer than a collective waits
     trainer.signals, trainer.run_dir_watch = signals, run_dir_watch
     if resumed is not None:
-        trainer_state.check_checkpoint(trainer, resumed)  # before ``_open_journal`` moves files
+        trainer_state.check_checkpoint(trainer, resumed)  # before ``_open_logs`` moves files
     total = total_steps(trainer)
     with signals.stop_at_step_end(), measure_memory_peaks(trainer, context.run_dir):
         try:
             if run_dir_watch is not None:
-                _open_journal(trainer, context, resumed, options, run_dir_watch)
+                _open_logs(trainer, context, resumed, options, run_dir_watch)
             begun.append(True)
             if resumed is not None and trainer_state.step_of(resumed) >= total:
                 # The run is complete, and transformers would train one more step.
@@ -331,14 +333,16 @@ def _finish_run(
         peers.leave_group()  # wait, because a launcher stops all processes when one ends
 
 
-def _open_journal(
+def _open_logs(
     trainer: GRPOTrainer,
     context: RunContext,
     resumed: Path | None,
     options: Options,
     run_dir_watch: RunDirWatch,
 ) -> None:
-    """Open the log files. If the run resumes, first move later checkpoints away."""
+    """Begin the branch of the run, which moves the files of an abandoned branch away. Then open the
+    log files and the trackers.
+    """
     assert trainer.signals is not None
     trainer.signals.shield()  # a signal must not interrupt the moving of files
     bad_rewards_bytes = run_dir_watch.bad_rewards_bytes

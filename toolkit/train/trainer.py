@@ -67,7 +67,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     gap_reported: bool = False
     truncation_reported: bool = False
     rows_at_once: int | None = None
-    left_groups_reported: bool = False
+    unreplaced_groups_reported: bool = False
     _prompt_choice: PromptChoice | None = None
     _generation: Generation | None = None
     _loss_inputs: dict[str, Any] | None = None
@@ -178,7 +178,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         generation = self._generation
         if generation is None or generation.is_drawing:
             return batch
-        return generation.replace_empty_groups(prompts, CompletionBatch(*batch))
+        return generation.replace_groups_without_signal(prompts, CompletionBatch(*batch))
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         tokenize = super()._tokenize_prompts

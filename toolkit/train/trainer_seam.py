@@ -168,8 +168,8 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         return self._pending_extra_logs
 
     def generate_completions(self, prompts: list[Any]) -> Any:
-        """Draw a completion for each of this rank's ``prompts``. Return the values of
-        ``CompletionBatch``.
+        """Draw a completion for each of this rank's ``prompts``. Return a tuple with the values of
+        the fields of ``CompletionBatch``.
         """
         return self._generate(prompts)
 
@@ -198,9 +198,9 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
     def log_completion_metrics(
         self, prompts: list[Any], batch: CompletionBatch, counts: Mapping[str, int]
     ) -> None:
-        """Log TRL's metrics of the completions of ``batch``. ``counts`` is the result of an earlier
-        call of ``completion_metric_counts``. Values that these metrics got after that call are
-        removed.
+        """Log TRL's metrics of the completions of ``batch``, in place of the metrics of earlier
+        draws. ``counts`` is the result of a call of ``completion_metric_counts`` before the first
+        draw. The values that were logged after that call are removed.
 
         TRL computes these metrics in its method ``_generate``. Therefore this method calls
         ``_generate`` with a ``rollout_func`` that samples nothing and returns ``batch``. The number
@@ -379,7 +379,7 @@ class TrainerSeam(Protocol):
     max_bad_steps: int
     collapse_reported: bool
     gap_reported: bool
-    left_groups_reported: bool
+    unreplaced_groups_reported: bool
     truncation_reported: bool
     rows_at_once: int | None  # rows of a generation that fit, if memory ran out before
 

@@ -87,9 +87,9 @@ def test_a_checkpoint_of_another_number_of_replicas_is_refused(
 ) -> None:
     (tmp_path / checkpoint.STATE_FILE).write_text(json.dumps({"world_size": recorded_replicas}))
     with pytest.raises(ConfigError, match=message) as refused:
-        checkpoint.check_world_size(tmp_path, current_replicas, size)
+        checkpoint.check_replica_count(tmp_path, current_replicas, size)
     assert fix in str(refused.value.fix)
-    checkpoint.check_world_size(tmp_path, recorded_replicas, size)
+    checkpoint.check_replica_count(tmp_path, recorded_replicas, size)
 
 
 def test_a_checkpoint_records_the_tensor_parallel_size(tmp_path: Path) -> None:

@@ -207,8 +207,9 @@ BUILDERS: dict[str, Callable[[Settings, Job], Any]] = {
 def _load_model(
     fast_language_model: Any, settings: Settings, checkpointing: Any, **engine_options: Any
 ) -> Any:
-    """Load the model with an adapter, with Unsloth or the toolkit. Both have the same functions for
-    this. ``engine_options`` has other options of the engine.
+    """Load the model and add an adapter. ``fast_language_model`` is the class FastLanguageModel of
+    Unsloth or of the toolkit; both classes have the same methods for this. ``engine_options`` are
+    additional options of the engine. They override the options in ``settings``.
     """
     options = {"gpu_memory_utilization": settings.gpu_memory_utilization} | engine_options
     model, tokenizer = fast_language_model.from_pretrained(

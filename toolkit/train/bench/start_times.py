@@ -23,8 +23,9 @@ VLLM_MARKS = (
 
 
 class StartTimer(logging.Handler):
-    """Measures the seconds of each phase of the start. ``phases`` has them in the order of the
-    phases. Call ``import_packages`` before any heavy library is imported.
+    """Measures the duration of each phase of the start. ``phases`` maps the name of each phase to
+    its seconds, in the order of the phases. Call ``import_packages`` before any heavy library is
+    imported.
     """
 
     def __init__(self) -> None:

@@ -200,8 +200,9 @@ def resume_point(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
 def rotate_checkpoints(
     run_dir: Path, keep_steps: Iterable[int], *, keep_last: int, branch: Branch | None = None
 ) -> None:
-    """Remove all valid checkpoints except the latest ``keep_last`` checkpoints and the checkpoints
-    of the steps in ``keep_steps``. If ``keep_last`` is 0, no checkpoint is removed.
+    """Remove all valid checkpoints of ``branch`` (default: the current branch) except the latest
+    ``keep_last`` checkpoints and the checkpoints of the steps in ``keep_steps``. If ``keep_last``
+    is 0, no checkpoint is removed.
     """
     if keep_last <= 0:
         return

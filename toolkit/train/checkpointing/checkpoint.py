@@ -234,14 +234,15 @@ def _is_toolkit_checkpoint(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in (CHECKSUMS_FILE, STATE_FILE))
 
 
-def check_world_size(folder: Path, replicas: int, processes_per_replica: int = 1) -> None:
-    """Check that a run has as many processes as the run that wrote the checkpoint. A checkpoint
-    stores the buffered rollouts and the states of the random generators of each process. If
-    processes share a model (``processes_per_replica`` processes per model), they have the same
-    state and count as one process (a replica). ``replicas`` is the number of replicas of this run.
+def check_replica_count(folder: Path, replicas: int, processes_per_replica: int = 1) -> None:
+    """Check that this run has as many replicas as the run that wrote the checkpoint ``folder``.
+
+    A replica is a group of ``processes_per_replica`` processes that share a model. Without tensor
+    parallelism, each process is a replica. A checkpoint stores the buffered rollouts and the states
+    of the random generators of each replica. ``replicas`` is the number of replicas of this run.
 
     Raises:
-        ConfigError: another number of processes wrote the checkpoint.
+        ConfigError: another number of replicas wrote the checkpoint.
     """
     written_replicas = read_state_value(folder, "world_size", int)
     if written_replicas != replicas:

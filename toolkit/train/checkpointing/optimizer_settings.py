@@ -53,19 +53,20 @@ def read_settings(trainer: Any) -> OptimizerSettings:
     return OptimizerSettings(groups, [float(rate) for rate in getattr(scheduler, "base_lrs", [])])
 
 
-def restore_settings(trainer: Any, saved: OptimizerSettings) -> None:
-    """Restore the settings ``saved`` after the state of a checkpoint was loaded. The next step
-    then has the learning rate that the schedule of the run file gives for that step.
+def restore_settings(trainer: Any, run_settings: OptimizerSettings) -> None:
+    """Restore the settings ``run_settings`` of the run file. Call this function after a checkpoint
+    was loaded, because loading replaces these settings. The next step then has the learning rate
+    that the schedule of the run file gives for that step.
     """
     optimizer, scheduler = _unwrapped(trainer)
-    pairs = list(zip(optimizer.param_groups, saved.groups, strict=True))
+    pairs = list(zip(optimizer.param_groups, run_settings.groups, strict=True))
     for group, settings in pairs:
         before, now = group.get("initial_lr"), settings.get("initial_lr")
         group.update(settings)
         if before and now is not None and before != now and not _has_lambdas(scheduler):
             group["lr"] *= now / before  # this schedule does not compute the rate from the step
-    if saved.base_lrs:
-        scheduler.base_lrs = list(saved.base_lrs)
+    if run_settings.base_lrs:
+        scheduler.base_lrs = list(run_settings.base_lrs)
     if _has_lambdas(scheduler):
         step = scheduler.last_epoch
         rates = [

@@ -97,8 +97,8 @@ def _refuse_inputs(run_dir: Path, config: RunConfig) -> None:
 
 
 def _refuse_other_config(path: Path) -> None:
-    """Raise ConfigError if the file ``path`` exists, but is not the config.json of a run. If it is
-    a link, the run replaces only the link.
+    """Raise ConfigError if the file ``path`` exists, but is not the config.json of a run. A
+    link is always accepted, because the run replaces only the link and not its target.
     """
     mode = _mode(path)
     if mode is None or stat.S_ISLNK(mode):

@@ -72,8 +72,10 @@ def begin_branch(
     with_logs: bool = True,
     bad_rewards_bytes: int | None = None,
 ) -> RunStart:
-    """Choose the branch of a run in ``run_dir`` that resumes from ``checkpoint_dir`` (None: a new
-    run), and move the files of an abandoned branch.
+    """Begin a run in ``run_dir``: choose its branch, and move the files of an abandoned branch.
+
+    The run resumes from ``checkpoint_dir``. If ``checkpoint_dir`` is None, it is a new run. If
+    ``with_logs`` is False, the run has no logs, and no log is restored.
 
     This process may have added rows to bad_rewards.jsonl already. ``bad_rewards_bytes`` is the size
     of that file before the first added row. It is None if this process has added no rows.

@@ -98,7 +98,7 @@ class StopSignals:
 
     @property
     def is_shutting_down(self) -> bool:
-        """True after ``begin_shutdown`` was called, because of a received signal."""
+        """True if a received signal is ending the run (``begin_shutdown`` was called)."""
         return self._ended
 
     @property

@@ -239,7 +239,7 @@ def check_checkpoint(trainer: TrainerSeam, folder: Path) -> None:
             ),
         )
     size = 1 if (shared := current_mesh()) is None else shared.size
-    checkpoint.check_world_size(folder, trainer.accelerator.num_processes, size)
+    checkpoint.check_replica_count(folder, trainer.accelerator.num_processes, size)
     with _state_errors_translated(folder):
         # Check that transformers can read this file as its own state, which it does later.
         TrainerState(**checkpoint.read_json(folder, TRAINER_STATE_FILE))

@@ -214,10 +214,10 @@ def guard(
 
 def _combine_failures(batch_failure: Failure, sample_failure: Failure) -> Failure:
     """Return the error to report for a sample. ``sample_failure`` is the error of the call with
-    this sample. ``batch_failure`` is the error of the call with the whole batch.
+    only this sample. ``batch_failure`` is the error of the call with the whole batch.
 
     If the two errors differ and ``sample_failure`` has no traceback, the returned error describes
-    both.
+    both. Otherwise, it is ``sample_failure``.
     """
     if sample_failure.traceback or sample_failure.description == batch_failure.description:
         return sample_failure

@@ -114,9 +114,10 @@ class Episodes:
         self._episodes: dict[int, _Episode] = {}
 
     def advance(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Run the action ``arguments`` of ``request``, and return the text, the reward and ``done``
-        of the next observation. If ``arguments`` is None, return these values of the first
-        observation.
+        """Run an action, and return the text, the reward and ``done`` of the next observation.
+
+        ``request["arguments"]`` has the arguments of the action. If it is None, no action runs, and
+        the values of the first observation are returned.
 
         Raises InvalidToolCall for invalid arguments, or UserCodeFailed if the environment failed.
         """

@@ -91,10 +91,11 @@ def main(requests: int, replies: int, run_pid: int) -> NoReturn:
 
 
 def _supervise(service_pid: int, run_pid: int) -> NoReturn:
-    """Run the supervisor: wait until the process ``service_pid`` ends, and exit with its exit code.
+    """Run the supervisor: wait until the service process ends, and exit with its exit code. If the
+    run ends first, kill the process group of the worker, which contains both processes.
 
-    If the run ends first, kill the process group of the worker. ``service_pid`` and ``run_pid`` are
-    process ids.
+    ``service_pid`` is the process id of the service process, which answers the requests.
+    ``run_pid`` is the process id of the run.
     """
     while True:
         ended_pid, status = os.waitpid(service_pid, os.WNOHANG)

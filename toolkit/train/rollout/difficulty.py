@@ -38,10 +38,10 @@ class Difficulty:
         """The recorded spreads, float64. NaN for a row that was not drawn yet."""
 
     def record(self, rows: Sequence[int], deviations: Sequence[float]) -> None:
-        """Update the records of ``rows``. Each row was drawn with a group of completions, and
+        """Update the records of ``rows``. A group of completions was drawn for each row, and
         ``deviations`` has the standard deviation of the rewards of each group. The new record is
-        the average of this value and the old record. The weight of the new value is
-        ``RECENT_WEIGHT``.
+        the weighted average of the standard deviation (weight ``RECENT_WEIGHT``) and the old
+        record. If a row has no record yet, its record is the standard deviation.
         """
         # The tensor is not changed in place, because a checkpoint may still be writing the old one.
         spread_N = self.spread_N.clone()

@@ -80,7 +80,7 @@ class Generation:
         self.group_count = len(inputs) * self.rank_count // self.group_size
         self.rewards: torch.Tensor | None = None
         """The rewards of the completions of all ranks, with a column per function. None before
-        ``replace_empty_groups``.
+        ``replace_groups_without_signal``.
         """
         self.group_rows = group_rows
         """With the curriculum, the dataset's row of each drawn group."""
@@ -93,7 +93,9 @@ class Generation:
         """True while this object draws more completions."""
         self._logged = trainer.completion_metric_counts()
 
-    def replace_empty_groups(self, prompts: list[Any], drawn: CompletionBatch) -> CompletionBatch:
+    def replace_groups_without_signal(
+        self, prompts: list[Any], drawn: CompletionBatch
+    ) -> CompletionBatch:
         """Score the completions ``drawn``, and replace the groups in which all rewards are equal.
 
         Returns the completions of this rank after the replacement. ``prompts`` and ``self.inputs``
@@ -103,19 +105,19 @@ class Generation:
         local = self._completions([None] * len(prompts), prompts, drawn)
         rewards = self._score(self.inputs, prompts, drawn, local)
         spread = self._spread(rewards)
-        empty_groups = [
+        groups_without_signal = [
             group for group, has_signal in enumerate(spread.has_signal) if not has_signal
         ]
-        self.no_spread_before = self.no_spread_after = len(empty_groups)
+        self.no_spread_before = self.no_spread_after = len(groups_without_signal)
         self.sampled_count = self.group_count * self.group_size
         self.deviations = list(spread.deviation)
         round_of = [0] * len(local)
-        if empty_groups and self.max_rounds:
-            self._resample(empty_groups, local, rewards, round_of)
+        if groups_without_signal and self.max_rounds:
+            self._resample(groups_without_signal, local, rewards, round_of)
         self.rewards = rewards
         if self.rounds:
             prompts[:] = [completion.prompt for completion in local]
-            drawn = self._as_drawn(local)
+            drawn = self._completion_batch(local)
             self.trainer.log_completion_metrics(prompts, drawn, self._logged)
         if self.max_rounds:
             self._set_logged_columns(local, round_of)
@@ -123,15 +125,15 @@ class Generation:
 
     def _resample(
         self,
-        empty_groups: list[int],
+        groups_without_signal: list[int],
         local: list[Completion],
         rewards: torch.Tensor,
         round_of: list[int],
     ) -> None:
-        """Draw groups of other prompts in rounds. Replace the groups ``empty_groups`` (all rewards
-        equal) by drawn groups whose rewards differ. Ends when all groups of ``empty_groups`` are
-        replaced, when the maximum number of rounds is reached, or when all prompts of the dataset
-        were drawn.
+        """Draw groups of other prompts in rounds. Replace the groups with the indices
+        ``groups_without_signal`` (all rewards equal) by drawn groups whose rewards differ. End when
+        all these groups are replaced, when the maximum number of rounds is reached, or when all
+        prompts of the dataset were drawn.
 
         Three arguments are changed in place: the completions of this rank (``local``), the rewards
         of all ranks (``rewards``), and the round in which each completion of this rank was drawn
@@ -139,8 +141,8 @@ class Generation:
         """
         drawn_tokens = sum(len(completion.completion_ids) for completion in local)
         unused_rows = self._unused_rows()
-        while empty_groups and self.rounds < self.max_rounds:
-            rows = self._next_rows(unused_rows, len(empty_groups))
+        while groups_without_signal and self.rounds < self.max_rounds:
+            rows = self._next_rows(unused_rows, len(groups_without_signal))
             if not rows:
                 break  # all prompts of the dataset were drawn
             self.rounds += 1
@@ -156,16 +158,16 @@ class Generation:
             usable_groups = [
                 index for index, has_signal in enumerate(spread.has_signal) if has_signal
             ]
-            for drawn_group, group in zip(usable_groups, empty_groups, strict=False):
+            for drawn_group, group in zip(usable_groups, groups_without_signal, strict=False):
                 source = slice(drawn_group * self.group_size, (drawn_group + 1) * self.group_size)
                 target = slice(group * self.group_size, (group + 1) * self.group_size)
                 rewards[target] = drawn_rewards[source]
                 self._copy_group(drawn[source], target.start, local, round_of)
-            empty_groups = empty_groups[len(usable_groups) :]
-        self.no_spread_after = len(empty_groups)
+            groups_without_signal = groups_without_signal[len(usable_groups) :]
+        self.no_spread_after = len(groups_without_signal)
         kept_tokens = sum(len(completion.completion_ids) for completion in local)
         self.discarded_tokens = sum(gather_object([drawn_tokens - kept_tokens]))
-        self._warn_of_left_groups(empty_groups)
+        self._warn_of_unreplaced_groups()
 
     def _copy_group(
         self, group: list[Completion], first: int, local: list[Completion], round_of: list[int]
@@ -294,9 +296,9 @@ class Generation:
         ]
 
     @staticmethod
-    def _as_drawn(local: list[Completion]) -> CompletionBatch:
-        """Return the completions ``local`` as the result of TRL's sampling call
-        (``CompletionBatch``).
+    def _completion_batch(local: list[Completion]) -> CompletionBatch:
+        """Return the completions ``local`` as a ``CompletionBatch``, the result of TRL's method
+        ``_generate``.
         """
         masks = [completion.tool_mask for completion in local if completion.tool_mask is not None]
         logprobs = [completion.logprobs for completion in local]
@@ -328,18 +330,18 @@ class Generation:
             f"{name}/discarded_tokens": self.discarded_tokens,
         }
 
-    def _warn_of_left_groups(self, empty_groups: list[int]) -> None:
+    def _warn_of_unreplaced_groups(self) -> None:
         """Warn if groups with equal rewards are left after the last round, and say why. The warning
         is printed once per run.
         """
         trainer = self.trainer
         if (
-            not empty_groups
-            or trainer.left_groups_reported
+            not self.no_spread_after
+            or trainer.unreplaced_groups_reported
             or not trainer.accelerator.is_main_process
         ):
             return
-        trainer.left_groups_reported = True
+        trainer.unreplaced_groups_reported = True
         limit_reached = self.rounds >= self.max_rounds
         reason = (
             f"max_resample_times is {self.max_rounds}"
@@ -347,7 +349,7 @@ class Generation:
             else f"all {len(trainer.training_rows)} rows of the dataset were drawn"
         )
         warnings.warn(
-            f"dynamic sampling: in {len(empty_groups)} of {self.group_count} groups all rewards "
+            f"dynamic sampling: in {self.no_spread_after} of {self.group_count} groups all rewards "
             f"are still equal after {self.rounds} more rounds ({reason}). The model learns nothing "
             "from these groups. In metrics.jsonl, dynamic_sampling/no_spread_after is the share "
             "of such groups in each generation. This warning is printed once",

@@ -190,8 +190,9 @@ def _with_failure_policy(
     """Return a function that calls ``answer`` and treats a failure as ``tools.on_error`` of the run
     file requires.
 
-    It raises CallFailed, whose text becomes the answer to the model, or StopRun, which ends the
-    run. Wrong arguments of the model always raise CallFailed.
+    If a call fails, the returned function raises CallFailed or StopRun. The text of CallFailed
+    becomes the answer to the model. StopRun ends the run. If the model's arguments are wrong, the
+    returned function always raises CallFailed.
     """
 
     def call(arguments: Mapping[str, Any], position: CallPosition) -> str:
