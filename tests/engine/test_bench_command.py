@@ -35,7 +35,7 @@ def test_bench_reports_all_figures_and_keeps_earlier_arms(tmp_path: Path) -> Non
         assert text in output
     log = tmp_path / "out" / "ours.log"
     log_time_before = log.stat().st_mtime_ns
-    # The columns of the other arms say why they cannot run. The earlier result of ours is kept.
+    # The columns of the other arms say why they cannot run. The earlier arm "ours" is kept.
     output = _run_bench(tmp_path, "--arms", "trl,unsloth", "--profile")
     assert log.stat().st_mtime_ns == log_time_before
     assert output.splitlines()[2].split() == ["ours", "trl", "unsloth"]

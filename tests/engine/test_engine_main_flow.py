@@ -70,9 +70,7 @@ print(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True))
 
 
 def make_qwen2_tokenizer() -> Any:
-    """A Qwen2 BPE tokenizer: transformers 5.17 reads each tokenizer of a Qwen2 checkpoint as
-    one.
-    """
+    """A Qwen2 tokenizer, because transformers 5.17 loads every Qwen2 checkpoint with this class."""
     pieces = ["<pad>", "<bos>", "<eos>", *"0123456789t\u0120"]
     pieces += [f"x{number}" for number in range(len(pieces), engine_checkpoints.VOCAB)]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}

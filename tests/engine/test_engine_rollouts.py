@@ -349,7 +349,7 @@ def test_after_out_of_memory_the_rollout_is_the_same(
 ) -> None:
     """The engine's step raises in the forward pass, or after it when it computes the logits."""
     llama.publish(policy)
-    prompts = [*PROMPTS[:2], [12] * 30]  # none fills a cache block: one token per sequence
+    prompts = [*PROMPTS[:2], [12] * 30]  # no full block: a decode step has 1 token per sequence
     sampling = Sampling(n=4, max_tokens=10)
     expected = llama.generate(prompts, sampling, seed=6)
     failed_sizes: list[int] = []

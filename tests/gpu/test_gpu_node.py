@@ -69,8 +69,8 @@ def test_a_replayed_recording_gives_the_same_exit_code(tmp_path: Path) -> None:
 
 
 def test_cuda_is_not_initialised() -> None:
-    """NVML 580 maps libcuda itself, so the test checks that cuInit was not called: without it, the
-    process has no CUDA context.
+    """NVML 580 maps libcuda itself, so the test does not check the mapping. It checks that no code
+    called cuInit, because a process without cuInit has no CUDA context.
 
     If a process has not called cuInit, every context call of the driver returns
     CUDA_ERROR_NOT_INITIALIZED (3).

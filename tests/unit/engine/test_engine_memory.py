@@ -1,4 +1,4 @@
-"""The memory that vLLM's worker reports, for releases that name the attributes differently."""
+"""The memory that vLLM's worker reports. Releases of vLLM name the attributes differently."""
 
 from __future__ import annotations
 

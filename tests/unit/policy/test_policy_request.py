@@ -57,7 +57,7 @@ def test_from_pretrained_has_the_drop_in_signature() -> None:
 
 
 def test_every_parameter_is_in_one_table() -> None:
-    """A parameter that is in no table would be ignored silently."""
+    """If a parameter were in no table, check_request would refuse it as unknown."""
     from toolkit.policy.language_model import FastLanguageModel
 
     parameters = set(inspect.signature(FastLanguageModel.from_pretrained).parameters) - {"kwargs"}
