@@ -1,4 +1,4 @@
-"""A user's reward functions are found and read as source, and never imported."""
+"""The validator reads the source of a user's reward functions. It never imports them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one column can hold: the same answer as pyarrow's, which training asks."""
+"""ColumnType accepts the same types in a column as pyarrow, which training uses."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def arrow_accepts(values: list[Any]) -> bool:
 @example([{"a": False}, {"a": 0.5}])
 def test_a_column_accepts_the_types_that_arrow_accepts(values: list[Any]) -> None:
     if column_type_accepts(values) != arrow_accepts(values):
-        # Arrow makes numbers of booleans where it sees a float in another list or object first or
-        # later. Ours is the stricter one there, and only there.
+        # Arrow converts booleans to numbers if another list or object of the column has a float.
+        # ColumnType is stricter in this case, and in no other case.
         assert not column_type_accepts(values)
         assert "False" in repr(values) or "True" in repr(values)
         assert column_type_accepts(without_booleans(values))
 
 
 def without_booleans(value: Any) -> Any:
-    """The same value with a float in the place of each boolean."""
+    """The same value, with each boolean replaced by a float."""
     if isinstance(value, bool):
         return float(value)
     if isinstance(value, list):

@@ -1,5 +1,5 @@
-"""Facts about models and datasets that rules read besides the run file. Some of the files are
-hostile.
+"""Facts about models and datasets, which rules use together with the run file. Some of the test
+files are hostile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def parse_run_file(folder: Path, text: str) -> Document:
-    """The document of a run file in ``folder``."""
+    """Parse the text of a run file as if the file were in ``folder``."""
     return parse_source(Source("run.yaml", text, folder, folder / "run.yaml"))
 
 

@@ -95,9 +95,8 @@ def test_the_installed_transformers_is_read_as_text() -> None:
     assert llama.attention_support == {"sdpa": True, "flash": True, "flex": True}
     assert (t5.is_known, t5.is_causal) == (True, False)
     assert model_type("gpt_oss").attention_support["sdpa"] is False
-    assert (
-        model_type("gemma3_text").attention_support["sdpa"] is True
-    )  # defined in the module of gemma3
+    # gemma3_text is defined in the module of gemma3.
+    assert model_type("gemma3_text").attention_support["sdpa"] is True
     assert model_type("never_heard_of")[:2] == (False, False)
     assert model_type("../../x").attention_support == {}
 

@@ -124,15 +124,15 @@ def test_keys_move_in_every_format(form: str, before: str, after: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "loss_tipe: 3",  # no value of loss_type
+        "loss_tipe: 3",  # 3 is not a value of loss_type
         "num_generation: many",
         "num_generation: 8\n  num_generations: 8",  # the current key is set too
         "use_vllm: maybe",
-        "vllm_mode: server",  # its meaning cannot be kept
+        "vllm_mode: server",  # the toolkit has no equivalent
         "vllm_gpu_memory_utilization: 30",
-        "warmup_ratio: 1",  # warmup_steps: 1 is one step
+        "warmup_ratio: 1",  # not the same as warmup_steps: 1, which is one step
         "warmup_ratio: 1.5",
-        "revision: main",  # of the model or of the data?
+        "revision: main",  # the revision of the model, or of the dataset?
         "per_device_train_batch_size: 0",
     ],
 )
@@ -171,7 +171,7 @@ def test_a_name_from_another_tool_becomes_the_key_if_it_means_the_same(line, exp
     assert repair(text).source.text == (HEAD + GRPO + f"  {expected}\n" if expected else text)
 
 
-def test_the_name_of_the_model_is_not_that_of_the_data_set() -> None:
+def test_name_in_the_model_section_suggests_only_model_name() -> None:
     text = "model: {name: m}\n"
     findings = validate(assemble(Source("run", text, Path.cwd()), ()), Situation()).findings
     (unknown,) = (finding for finding in findings if finding.rule == "KEY001")

@@ -36,7 +36,7 @@ NO_DEADLINE = settings(deadline=None, max_examples=200)
 
 
 def read(text: str, form: str) -> Document:
-    """A text as a document."""
+    """Parse a text as a document of a run file."""
     return parse_source(Source("run", text, Path("/"), None, form))
 
 
@@ -47,9 +47,8 @@ def assert_positions_are_correct(root: Node) -> None:
         start = node.position.start
         assert node.position.line == text.count("\n", 0, start) + 1
         assert node.position.column == start - (text.rfind("\n", 0, start) + 1) + 1
-        if (
-            node.key_position is not None and root.source.format != "toml"
-        ):  # the parts of a dotted key share one position
+        # In TOML the parts of a dotted key have the same position.
+        if node.key_position is not None and root.source.format != "toml":
             assert str(path[-1]) in text[node.key_position.start : node.key_position.end]
 
 
@@ -161,7 +160,7 @@ def test_toml_scalars_have_positions(values: dict[str, Any], table: str) -> None
     try:
         expected = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
-        return  # JSON and TOML escapes differ for some characters
+        return  # some JSON escapes are not TOML escapes
     document = read(text, "toml")
     assert document.root.to_plain() == expected
     for key, value in values.items():

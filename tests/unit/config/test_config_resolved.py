@@ -1,4 +1,6 @@
-"""A resolved run: engine, dtype and the needs of the run, from the run file and the machine."""
+"""A resolved run has the engine, the dtype and the requirements that follow from the run file and
+the machine.
+"""
 
 from __future__ import annotations
 

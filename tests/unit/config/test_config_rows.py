@@ -1,5 +1,5 @@
-"""GRPO043 compares rows with the prompts of a generation batch. Cases that the fixtures do not
-have.
+"""Rule GRPO043 compares the number of rows with the prompts of a generation batch. These tests have
+cases that the fixtures do not have.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def row_findings(
     folder: Path, world_size: int = 1, rows: int | None = 12, **changes: Any
 ) -> list[Finding]:
-    """The findings of GRPO043 on a run with ``rows`` rows. None means that the dataset is not on
-    this machine.
+    """The findings of GRPO043 for a dataset with ``rows`` rows. None means that the dataset is not
+    on this machine.
     """
     if rows is not None:
         lines = [json.dumps({"question": str(n), "answer": str(n)}) for n in range(rows)]

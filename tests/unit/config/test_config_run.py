@@ -49,11 +49,11 @@ def test_the_config_is_frozen_all_the_way_down(run_file: Path) -> None:
     assert config.grpo["generation_kwargs"]["stop"] == ("a", "b")
     assert thaw(config.grpo)["generation_kwargs"] == {"stop": ["a", "b"]}
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.lora.r = 1  # type: ignore[misc]  # the point of the test
+        config.lora.r = 1  # type: ignore[misc]  # the test needs this error
     with pytest.raises(TypeError):
-        config.grpo["beta"] = 1  # type: ignore[index]  # the point of the test
+        config.grpo["beta"] = 1  # type: ignore[index]  # the test needs this error
     with pytest.raises(TypeError):
-        config.reward.functions[0].options["tag"] = "x"  # type: ignore[index]  # the same
+        config.reward.functions[0].options["tag"] = "x"  # type: ignore[index]
     assert "num_generations" not in config.grpo  # only keys that the run file sets
 
 
@@ -68,8 +68,8 @@ def test_paths_are_relative_to_the_file_that_they_are_written_in(run_file: Path)
     config = load_run(run_file)
     folder = run_file.parent
     assert config.source == str(run_file)
-    assert config.model.model_name == "org/name"  # no such folder, so it is a hub id
-    assert config.dataset.path == str(folder / "data" / "train.jsonl")  # can only be a path
+    assert config.model.model_name == "org/name"  # the folder does not exist, so this is a hub id
+    assert config.dataset.path == str(folder / "data" / "train.jsonl")  # a path, not a hub id
     assert config.dataset.eval_path == "org/data"
     assert config.runtime.output_dir == str(folder.parent / "out")
     assert config.runtime.resume == "auto"
@@ -84,7 +84,7 @@ def test_paths_of_a_base_and_of_overrides(run_file: Path, monkeypatch: pytest.Mo
     config = load_run(top)
     assert config.dataset.path == str(top.parent / "mine.jsonl")
     assert config.runtime.output_dir == str(run_file.parent.parent / "out")
-    assert config.dataset.eval_path == "org/data"  # the mapping was merged
+    assert config.dataset.eval_path == "org/data"  # the two dataset sections are merged
     monkeypatch.chdir(run_file.parent.parent)
     config = load_run(top, ["dataset.path=here.jsonl", "runtime.output_dir=o"])
     assert config.dataset.path == str(run_file.parent.parent / "here.jsonl")

@@ -1,4 +1,6 @@
-"""Plain scalars: YAML 1.2 core for the value, PyYAML as the oracle for what YAML 1.1 would read."""
+"""Plain scalars are read as the YAML 1.2 core schema says. PyYAML is the reference for the value in
+YAML 1.1.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def test_scalars_that_both_versions_read_alike_give_no_warning(text: str) -> Non
 
 
 def read_with_pyyaml(text: str) -> Any:
-    """What PyYAML makes of a plain scalar; the text where it is none."""
+    """The value that PyYAML reads from a plain scalar, or the text if PyYAML reads no value."""
     try:
         tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
         return yaml.SafeLoader("").construct_object(yaml.ScalarNode(tag, text))
@@ -64,12 +66,8 @@ def read_with_pyyaml(text: str) -> Any:
         return text
 
 
-PYYAML_DEVIATIONS = {
-    "y",
-    "Y",
-    "n",
-    "N",
-}  # booleans of the YAML 1.1 type repository that PyYAML leaves text
+# Booleans of the YAML 1.1 type repository that PyYAML reads as text.
+PYYAML_DEVIATIONS = {"y", "Y", "n", "N"}
 ALPHABET = "0123456789+-._:eExob abfntrufyNY~T"
 
 
@@ -79,9 +77,8 @@ ALPHABET = "0123456789+-._:eExob abfntrufyNY~T"
 )
 def test_read_legacy_agrees_with_pyyaml(text: str) -> None:
     text = text.strip()
-    if text in PYYAML_DEVIATIONS or text.startswith(
-        "."
-    ):  # PyYAML's own float pattern takes "._", "..": noise
+    # The float pattern of PyYAML wrongly matches "._" and "..".
+    if text in PYYAML_DEVIATIONS or text.startswith("."):
         return
     kind, value = read_legacy(text)
     oracle = read_with_pyyaml(text)
@@ -103,7 +100,7 @@ def test_read_legacy_agrees_with_pyyaml(text: str) -> None:
     | st.text()
 )
 def test_plain_spelling_is_read_alike_by_all_versions(value: Any) -> None:
-    """What a fix writes is that value to YAML 1.2 and to YAML 1.1."""
+    """The text that a fix writes has the same value in YAML 1.2 and in YAML 1.1."""
     text = plain_spelling(value)
     if isinstance(value, str) and text.startswith('"'):
         if value.isprintable():

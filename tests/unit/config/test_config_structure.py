@@ -1,4 +1,6 @@
-"""The walk over the schema: the verdicts of the jsonschema library, in words and with places."""
+"""The structure check accepts what the jsonschema library accepts. Its findings have messages and
+positions.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from toolkit.config.schemas import find_schema, schema_names
 from toolkit.config.source import Source
 from toolkit.config.structure import check_structure
 
-# What the walk reads, and what says nothing about a value.
+# KEYWORDS are the keywords that the structure check reads. ANNOTATIONS do not restrict a value.
 KEYWORDS = frozenset(
     [
         "type",
@@ -62,7 +64,7 @@ SCHEMA = find_schema("run")
 
 
 def schemas_in(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """A schema and all that are below it."""
+    """A schema and all schemas inside it."""
     found = [schema]
     for below in (*schema.get("properties", {}).values(), *schema.get("anyOf", ())):
         found += schemas_in(below)
@@ -85,8 +87,8 @@ def test_every_schema_is_a_valid_json_schema(name: str) -> None:
 
 
 def test_every_key_has_a_description() -> None:
-    """Title, description, default or required, examples; a unit for numbers; a text for each
-    choice.
+    """A key has a title, a description, examples, and a default unless it is required. A number has
+    a unit, and each choice has a description.
     """
     for owner in schemas_in(SCHEMA):
         for name, schema in owner.get("properties", {}).items():
@@ -131,7 +133,9 @@ def test_schema_defaults_are_those_of_the_config() -> None:
 
 
 def checker_accepts(instance: Any) -> bool:
-    """Whether the walk finds nothing; rules tell ranges that are marked with x-rule."""
+    """Whether the structure check finds no invalid value. If a schema has x-rule, a rule reports a
+    value out of range, so the check has only an invalid path and no finding.
+    """
     document = parse_source(Source("run", json.dumps(instance), Path("/"), None, "json"))
     outcome = check_structure(document.root, SCHEMA)
     return not outcome.findings and not outcome.invalid_paths and not document.findings
@@ -143,8 +147,8 @@ def strict_enum(_: Any, values: list[Any], instance: Any, __: Any) -> Any:
 
 
 def jsonschema_accepts(instance: Any) -> bool:
-    """Whether the jsonschema library finds nothing; 8.0 is an integer to it and not to us, nor is
-    it the 8 of an enum.
+    """Whether the jsonschema library accepts the instance. The library is made stricter: 8.0 is not
+    an integer, and 8.0 is not equal to an 8 in an enum.
     """
     is_integer = lambda _, value: type(value) is int  # noqa: E731
     checker = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", is_integer)
@@ -213,7 +217,7 @@ def test_a_refused_key_is_refused_by_the_schema_too(name: str) -> None:
 
 
 def test_unknown_references_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A $ref that is not in the schema itself is never fetched, and none of ours has one."""
+    """A $ref to another document is never fetched. The schemas of the toolkit have no such $ref."""
     import urllib.request
 
     from referencing.exceptions import Unresolvable
@@ -225,7 +229,7 @@ def test_unknown_references_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) 
         assert all(ref.startswith("#") for ref in refs), name
 
     def fetched(*_: Any, **__: Any) -> None:
-        raise AssertionError("the network was asked")
+        raise AssertionError("a schema was requested from the network")
 
     monkeypatch.setattr(urllib.request, "urlopen", fetched)
     monkeypatch.setattr(validate, "find_schema", lambda _: {"$ref": "https://example.org/x.json"})

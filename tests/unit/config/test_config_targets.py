@@ -1,4 +1,4 @@
-"""Which layers auto adapts, and which names mean experts."""
+"""The layers that target_modules "auto" adapts, and the target names that are experts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ QWEN = {"model_type": "qwen3_moe", "num_experts": 128}
 )  # fmt: skip
 def test_auto_targets_depend_on_the_architecture(config, targets):
     assert default_targets(config) == targets
-    assert set(targets) <= set(SLOT_LAYERS)  # the engine has room for what it is given
+    assert set(targets) <= set(SLOT_LAYERS)  # the engine has slots for these layers
     assert not expert_targets(str(config.get("model_type")), targets)
 
 
@@ -55,10 +55,10 @@ def test_auto_targets_depend_on_the_architecture(config, targets):
         ("qwen3_moe", "all-linear", {"gate_proj", "up_proj", "down_proj"}),
         ("qwen3_moe", r".*\.up_proj", {"up_proj"}),
         ("qwen3_moe", r".*\.q_proj", set()),
-        ("qwen3_moe", "(", set()),  # no regular expression: LORA007
-        ("qwen3_moe", "(.*)*" * 9 + "x", set()),  # could take for ever: not tried
+        ("qwen3_moe", "(", set()),  # not a regular expression: rule LORA007
+        ("qwen3_moe", "(.*)*" * 9 + "x", set()),  # matching could take very long
         ("llama", "all-linear", set()),
-        ("mixtral", ("up_proj",), set()),  # names that Mixtral has not
+        ("mixtral", ("up_proj",), set()),  # Mixtral has no layer of this name
     ],
 )
 def test_expert_targets_are_the_names_of_stacked_experts(family, targets, experts):
@@ -73,12 +73,10 @@ def test_expert_targets_are_the_names_of_stacked_experts(family, targets, expert
         ({"num_experts": 1}, False),
         ({"num_local_experts": 0, "num_experts": None}, False),
         ({"moe_num_experts": [64, 64]}, True),  # Ernie 4.5 VL
-        ({"num_experts": [1, 1, 16]}, True),  # Hunyuan: a number a layer
+        ({"num_experts": [1, 1, 16]}, True),  # Hunyuan: one number per layer
         ({"num_experts": []}, False),
-        (
-            {"num_experts": 8, "text_config": {"num_experts": 1}},
-            False,
-        ),  # the inner one
+        # The inner value counts.
+        ({"num_experts": 8, "text_config": {"num_experts": 1}}, False),
     ],
 )
 def test_has_experts_recognizes_mixtures(config, mixture):

@@ -1,4 +1,6 @@
-"""How findings, rules and keys are told: lines, secrets, terminals, explanations, suggestions."""
+"""The output for findings, rules and keys: source lines, secrets, control characters, explanations
+and suggestions.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from toolkit.config.validate import validate
 
 
 def source(text: str) -> Source:
-    """A run file of this text."""
+    """A run file with this text."""
     return Source("run.yaml", text, Path("/nonexistent"))
 
 
@@ -112,7 +114,7 @@ def test_the_explain_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("name", "expected"),
     [
         ("steps_without_signal", "learn nothing from the rewards"),
         ("rewards/my_reward/mean", "The mean of one reward function"),
@@ -123,10 +125,10 @@ def test_the_explain_command() -> None:
         ("metrics", "dynamic_sampling/no_spread_after"),
     ],
 )
-def test_a_metric_name_is_explained(word: str, said: str) -> None:
-    done = CliRunner().invoke(cli, ["explain", word])
+def test_a_metric_name_is_explained(name: str, expected: str) -> None:
+    done = CliRunner().invoke(cli, ["explain", name])
     assert done.exit_code == 0, done.exception
-    assert said in " ".join(done.output.split())
+    assert expected in " ".join(done.output.split())
 
 
 def test_a_misspelled_metric_name_gets_a_suggestion() -> None:
@@ -135,7 +137,7 @@ def test_a_misspelled_metric_name_gets_a_suggestion() -> None:
 
 
 def test_every_metric_of_the_training_is_explained() -> None:
-    """Those in quotes in the sources; a run's own rows are compared in the acceptance tests."""
+    """The names are those in quotes in the sources. An acceptance test checks the rows of a run."""
     sources = Path(__file__).parents[3] / "toolkit" / "train"
     written = r'"((?:sampling|packing|dynamic_sampling|curriculum|completions)/[a-z_/]+)"'
     names = {
@@ -145,7 +147,7 @@ def test_every_metric_of_the_training_is_explained() -> None:
         for name in re.findall(written, file.read_text("utf-8"))
     }
     assert len(names) > 15
-    names -= {"completions/mean_length"}  # written as completion_length
+    names -= {"completions/mean_length"}  # recorded as completion_length
     assert [name for name in sorted(names) if explain(name) is None] == []
 
 

@@ -1,4 +1,6 @@
-"""One record per engine option: run file, drop-in API, schema and vLLM's arguments follow it."""
+"""Each engine option is defined once. The run file, the drop-in API, the schema and the arguments
+of vLLM agree with the definition.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ def test_an_option_is_passed_to_vllm(name: str) -> None:
         option.kind
     ]
     options = EngineOptions(model="m", **{name: value})
-    told = options.to_vllm("cuda")
-    assert told[option.vllm_argument] == (
+    arguments = options.to_vllm("cuda")
+    assert arguments[option.vllm_argument] == (
         option.vllm_values.get(value, value) if option.vllm_values else value
     )
     assert (option.vllm_argument in options.to_vllm("cpu")) is (not option.gpu_only)

@@ -1,4 +1,6 @@
-"""The tables of keys: what they say is what a translation does, and what a run file can hold."""
+"""The tables of keys for importing configs of other tools: a translation does what a row says, and
+the keys of a run file in the tables exist.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def test_every_row_names_a_key_of_a_run_file_or_says_why_not(form: str) -> None:
 
 @pytest.mark.parametrize("form", TABLE_MODULES)
 def test_each_row_converts_its_key_as_it_says(form: str) -> None:
-    """Each row alone: a probe of its key goes where the row says."""
+    """A config with only the key of one row is translated as the row says."""
     for row in load_table(form).rows:
         if row.trl or row.foreign_key.endswith("*"):
             continue
