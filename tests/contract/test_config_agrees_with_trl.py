@@ -1,4 +1,6 @@
-"""TRL's GRPOConfig accepts every grpo section that validates. A rule refuses what TRL refuses."""
+"""TRL's GRPOConfig accepts every grpo section that the validator accepts. If TRL refuses a section,
+a rule refuses it.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def build_trl_config(config: RunConfig, folder: Path) -> None:
 
 @settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_trl_accepts_what_validates(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+def test_trl_accepts_every_valid_section(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
     folder = tmp_path_factory.getbasetemp()
     names = data.draw(st.lists(st.sampled_from(TESTED_KEYS), min_size=1, max_size=6, unique=True))
     grpo = {name: data.draw(example_values(name), label=name) for name in names}
@@ -125,7 +129,7 @@ def test_trl_accepts_an_auto_micro_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", sorted(REFUSED_SETTINGS))
-def test_what_trl_refuses_is_refused_by_a_rule(rule: str, tmp_path: Path) -> None:
+def test_a_section_that_trl_refuses_is_refused_by_a_rule(rule: str, tmp_path: Path) -> None:
     import trl
 
     grpo = REFUSED_SETTINGS[rule]

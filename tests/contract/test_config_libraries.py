@@ -47,13 +47,13 @@ def test_every_field_of_grpo_config_is_in_the_schema() -> None:
     assert set(GRPO) == fields | set(TOOLKIT_FIELDS) - {"padding_free"}
 
 
-@pytest.mark.parametrize("which", sorted(RECORDED))
-def test_the_recorded_values_are_the_installed_ones(which: str) -> None:
-    library_values = installed_values(which)
+@pytest.mark.parametrize("name", sorted(RECORDED))
+def test_the_recorded_values_are_the_installed_ones(name: str) -> None:
+    library_values = installed_values(name)
     assert library_values is not None, (
-        f"{which}: the library is installed and its values were not found"
+        f"{name}: the library is installed, but its values were not found"
     )
-    assert library_values.values == RECORDED[which].values
+    assert library_values.values == RECORDED[name].values
 
 
 def test_the_ranks_are_those_that_vllm_accepts() -> None:
@@ -110,13 +110,15 @@ def test_moved_keys_are_not_in_the_schema_and_their_replacements_are() -> None:
     for old, moved in MOVED_KEYS.items():
         section, _, name = old.partition(".")
         current = sections[section]["properties"].get(name)
-        assert current is None or "x-refused" in current, f"{old} is a key of today"
+        assert current is None or "x-refused" in current, f"{old} is a current key"
         if moved.new_key is not None:
             section, _, name = moved.new_key.partition(".")
-            assert not name or name in sections[section]["properties"], f"{old} leads nowhere"
+            assert not name or name in sections[section]["properties"], (
+                f"the replacement of {old} is not a key"
+            )
 
 
-def test_common_names_are_no_keys_and_name_a_key() -> None:
+def test_a_common_name_is_not_a_key_and_maps_to_a_key() -> None:
     sections = find_schema("run")["properties"]
     assert len(COMMON_NAMES) > 100
     for common_name, key in COMMON_NAMES.items():

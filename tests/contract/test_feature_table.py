@@ -37,7 +37,7 @@ def test_the_multimodal_types_have_a_separate_text_config() -> None:
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         assert model_type(name).is_causal, name
         if name.startswith("musicgen"):
-            continue  # cannot be created without the configs of its parts
+            continue  # its config cannot be created without the configs of its parts
         config = CONFIG_MAPPING[name]()
         if config.get_text_config() is not config:
             multimodal.add(name)

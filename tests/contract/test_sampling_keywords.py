@@ -33,7 +33,7 @@ def test_the_table_has_every_field_of_vllms_sampling_params() -> None:
     public = {name for name in field_names if not name.startswith("_")}
     assert len(public) > 20
     # vLLM 0.25.1 does not have all fields of 0.31.
-    assert public <= set(KEYWORDS["vllm"]), "vLLM has a sampling keyword that nobody judged"
+    assert public <= set(KEYWORDS["vllm"]), "vLLM has a sampling keyword that is not in the table"
     newer = {"prompt_logprob_token_ids", "prompt_logprob_start", "watermarking"}
     assert set(KEYWORDS["vllm"]) - public <= newer
 

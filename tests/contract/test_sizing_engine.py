@@ -42,7 +42,7 @@ def process_groups(tmp_path_factory):
 
     torch.set_num_threads(1)
     if torch.distributed.is_initialized():
-        cleanup_dist_env_and_memory()  # the groups of an engine in another test file
+        cleanup_dist_env_and_memory()  # groups that another test file left
     store = tmp_path_factory.mktemp("groups") / "store"
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
@@ -144,9 +144,8 @@ def test_weight_and_rotary_table_bytes_are_those_of_the_engine(tiny_model):
         for key, table in module.named_buffers(recurse=False)
         if key.endswith("cos_sin_cache")
     }
-    if type(model).__name__.startswith(
-        "Transformers"
-    ):  # this backend computes the tables in each pass
+    # The Transformers backend computes the tables in each pass.
+    if type(model).__name__.startswith("Transformers"):
         assert not tables
     else:
         assert sum(table.nbytes(ELEMENT_BYTES) for table in spec.rope_tables) == sum(
@@ -160,8 +159,8 @@ def test_lora_buffers_are_those_of_the_engine(tiny_model, monkeypatch):
 
     name, _, _ = tiny_model
     spec = spec_from_values(_config_values(name), name=name)
-    # Slots on routed experts need a CUDA kernel to be built; their own allocation is compared
-    # below.
+    # vLLM creates slots on routed experts only with a CUDA kernel. The test of expert buffers
+    # compares their allocation.
     is_supported = manager.is_supported_lora_module
     monkeypatch.setattr(
         manager,
@@ -185,7 +184,7 @@ def test_lora_buffers_are_those_of_the_engine(tiny_model, monkeypatch):
 
 @ALL_MODELS
 def test_slots_on_the_projections_are_those_of_the_engine(tiny_model):
-    """The slots that the toolkit asks for: none for experts, embeddings and lm_head."""
+    """The toolkit requests no slots for experts, embeddings and lm_head."""
     name, _, _ = tiny_model
     spec = spec_from_values(_config_values(name), name=name)
     for rank in RANKS:

@@ -1,4 +1,4 @@
-"""The constants that the sizer has from the sources of TRL and vLLM are those of the installed
+"""The constants that the sizer copies from the sources of TRL and vLLM are those of the installed
 versions.
 """
 

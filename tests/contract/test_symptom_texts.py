@@ -33,7 +33,7 @@ def test_the_text_is_still_in_the_upstream_source(symptom: str) -> None:
     assert spec.origin is not None
     source = (Path(spec.origin).parent / file).read_text(encoding="utf-8")
     match_in_source = re.search(pattern, source)
-    assert match_in_source, f"{package}/{file} no longer says {pattern!r}"
+    assert match_in_source, f"{package}/{file} no longer has the text {pattern!r}"
     # The printed message: adjacent literals are joined, and placeholders become numbers.
     excerpt = source[max(0, match_in_source.start() - 200) : match_in_source.start() + 600]
     printed = re.sub(r"\"\s*\n\s*f?\"", "", excerpt)

@@ -1,5 +1,5 @@
-"""torch's default process group can be replaced: a mesh makes it the group of the replicas, and
-``close_mesh`` restores the group of all processes.
+"""torch's default process group can be replaced. A mesh replaces it with the group of the replicas,
+and ``close_mesh`` restores the group of all processes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""torch's error if several processes train a parameter that does not affect the loss. The error of
-the run names the key that makes torch search for such parameters.
+"""torch raises an error if several processes train a parameter that does not affect the loss. The
+error of the run names the key that makes torch search for such parameters.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def test_a_named_file_or_function_exists(location: str) -> None:
         assert (folder / file).is_dir()
         return
     names = function_names(package, file)
-    assert names is not None, f"{path} is gone"
+    assert names is not None, f"{path} does not exist"
     assert not function or function in names, f"{function} is no longer in {path}"
 
 

@@ -22,7 +22,7 @@ def test_sdpa_ignores_the_softcap() -> None:
     plain, capped = (
         sdpa_attention_forward(*inputs, scaling=0.25, softcap=cap)[0] for cap in (None, 1.0)
     )
-    assert torch.equal(plain, capped), "sdpa keeps the cap now: policy.attention need not refuse it"
+    assert torch.equal(plain, capped), "sdpa applies the softcap: policy.attention may allow it"
     mask = torch.full((5, 5), -torch.inf).triu(1)
     inputs = (layer, q_BHTD, k_BHTD, v_BHTD, mask)
     eager = [eager_attention_forward(*inputs, scaling=0.25, softcap=c)[0] for c in (None, 1.0)]

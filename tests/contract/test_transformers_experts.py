@@ -26,7 +26,7 @@ pytestmark = pytest.mark.contract
         ("GptOssConfig", {}, True),
         ("DeepseekV3Config", {}, True),
         ("Ernie4_5_MoeConfig", {}, True),
-        ("Qwen3VLMoeConfig", {}, True),  # in its text_config
+        ("Qwen3VLMoeConfig", {}, True),  # the number is in text_config
     ],
 )
 def test_experts_are_found_in_a_loaded_config(name, arguments, has_expert_layers):

@@ -1,5 +1,5 @@
-"""The toolkit's LM head in the place of TRL's fused head. If no token is dropped, both give the
-same outputs, for every way in which a model scales or caps its logits.
+"""The toolkit's LM head replaces TRL's fused head. If no token is dropped, both heads give the same
+outputs for all models, including those that scale or cap their logits.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def test_without_tokens_to_score_the_output_is_zero_with_a_gradient() -> None:
     assert model_output.logits.shape == (1, 4, 50)
 
 
-def test_trl_still_calls_the_fused_head_like_this() -> None:
+def test_trl_calls_the_fused_head_with_these_arguments() -> None:
     import inspect
 
     from trl import GRPOTrainer

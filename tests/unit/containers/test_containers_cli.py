@@ -1,4 +1,4 @@
-"""The command line of the container scripts: what a script is run with, and what is refused."""
+"""The command line of the container scripts: the arguments that a script gets, and usage errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entry point, run as it is by `sh`, with stand-ins for the commands that it calls."""
+"""The entry point, run by `sh`, with fake commands in the place of those that it calls."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import pytest
 REPO = Path(__file__).resolve().parents[3]
 ENTRYPOINT = REPO / "containers/entrypoint.sh"
 SYSTEM = "/usr/local/bin:/usr/bin:/bin"
-# A folder in which nobody, root included, can make a file.
+# A folder in which not even root can create a file.
 UNWRITABLE = "/proc/self/fdinfo"
 
 
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
-    """Stand-ins that print how they were called and end with $VERDICT and $CODE."""
+    """A folder with fake commands. They print their arguments. envcheck exits with $VERDICT, and
+    toolkit with $CODE.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     write(folder / "envcheck", 'echo "envcheck $*"\nexit "${VERDICT:-0}"')
@@ -49,15 +51,17 @@ def call(commands: Path, *arguments: str, **variables: str) -> subprocess.Comple
     )
 
 
-def test_training_starts_after_a_preflight_that_says_yes(commands: Path) -> None:
+def test_training_starts_if_the_preflight_passes(commands: Path) -> None:
     result = call(commands, "toolkit", "train", "run.yaml", "--set", "x=1")
     assert result.returncode == 0
-    assert result.stdout == "toolkit train run.yaml --set x=1\n", "stdout is the command's own"
+    assert result.stdout == "toolkit train run.yaml --set x=1\n", (
+        "stdout has more than the command's text"
+    )
     assert "envcheck check --config run.yaml" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("given", "asked"),
+    ("arguments", "checked_arguments"),
     [
         (["run.yaml", "--output-dir", "/out"], "run.yaml --set runtime.output_dir=/out"),
         (["--output-dir=/a b", "run.yaml"], "run.yaml --set runtime.output_dir=/a b"),
@@ -69,17 +73,15 @@ def test_training_starts_after_a_preflight_that_says_yes(commands: Path) -> None
     ],
 )
 def test_the_preflight_checks_the_run_file_with_the_options(
-    commands: Path, given: list[str], asked: str
+    commands: Path, arguments: list[str], checked_arguments: str
 ) -> None:
-    result = call(commands, "toolkit", "train", *given)
-    assert result.stdout == f"toolkit train {' '.join(given)}\n"
-    assert f"envcheck check --config {asked}\n" in result.stderr
+    result = call(commands, "toolkit", "train", *arguments)
+    assert result.stdout == f"toolkit train {' '.join(arguments)}\n"
+    assert f"envcheck check --config {checked_arguments}\n" in result.stderr
 
 
 @pytest.mark.parametrize("option", [["--nproc-per-node", "4"], ["--nproc-per-node=4"]])
-def test_the_preflight_knows_how_many_processes_there_will_be(
-    commands: Path, option: list[str]
-) -> None:
+def test_the_preflight_gets_the_number_of_processes(commands: Path, option: list[str]) -> None:
     write(commands / "envcheck", 'echo "$* for $WORLD_SIZE"')
     write(commands / "toolkit", 'echo "toolkit $*, ${WORLD_SIZE:-no} world yet"')
     result = call(commands, "toolkit", "train", *option, "run.yaml")
@@ -88,7 +90,9 @@ def test_the_preflight_knows_how_many_processes_there_will_be(
 
 
 @pytest.mark.parametrize("option", [["--nproc-per-node", "auto"], ["--nproc-per-node=auto"]])
-def test_a_number_of_processes_that_is_not_known_yet(commands: Path, option: list[str]) -> None:
+def test_the_preflight_assumes_one_process_if_the_number_is_auto(
+    commands: Path, option: list[str]
+) -> None:
     write(commands / "envcheck", 'echo "$* for ${WORLD_SIZE:-one}"')
     result = call(commands, "toolkit", "train", *option, "run.yaml")
     assert "check --config run.yaml for one\n" in result.stderr
@@ -102,14 +106,14 @@ def test_the_code_of_the_preflight_is_passed_on(commands: Path, verdict: str) ->
     assert f"exit code {verdict}" in result.stderr
 
 
-@pytest.mark.parametrize(("mode", "asked"), [("warn", True), ("skip", False)])
-def test_the_preflight_can_only_warn_or_be_turned_off(
-    commands: Path, mode: str, asked: bool
+@pytest.mark.parametrize(("mode", "is_checked"), [("warn", True), ("skip", False)])
+def test_the_preflight_can_be_a_warning_or_be_skipped(
+    commands: Path, mode: str, is_checked: bool
 ) -> None:
     result = call(commands, "toolkit", "train", "run.yaml", VERDICT="3", TOOLKIT_PREFLIGHT=mode)
     assert result.returncode == 0
     assert result.stdout == "toolkit train run.yaml\n"
-    assert ("envcheck check" in result.stderr) is asked
+    assert ("envcheck check" in result.stderr) is is_checked
 
 
 def test_an_unknown_mode_is_a_usage_error(commands: Path) -> None:
@@ -133,18 +137,16 @@ def environment_of(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
     return dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
 
 
-def test_a_caller_without_a_home_gets_one_and_a_name(commands: Path, tmp_path: Path) -> None:
+def test_a_caller_without_a_home_gets_a_home_and_a_name(commands: Path, tmp_path: Path) -> None:
     seen = environment_of(call(commands, "env", HOME="/"))
     assert seen["HOME"] == str(tmp_path / "cache")
     assert seen["USER"] == seen["LOGNAME"] != ""
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "HF_HOME"):
         assert seen[name].startswith(str(tmp_path / "cache")), name
-    assert f"-{os.getuid()}/" in seen["TRITON_CACHE_DIR"], "compiled code lies beneath the uid"
+    assert f"-{os.getuid()}/" in seen["TRITON_CACHE_DIR"], "the folder name has no uid"
 
 
-def test_a_home_that_serves_keeps_its_caches_where_they_always_were(
-    commands: Path, tmp_path: Path
-) -> None:
+def test_caches_are_in_the_usual_folders_of_a_writable_home(commands: Path, tmp_path: Path) -> None:
     if os.path.isdir("/cache"):
         pytest.skip("this machine has a /cache, which comes before a home folder")
     home = tmp_path / "home"
@@ -154,7 +156,7 @@ def test_a_home_that_serves_keeps_its_caches_where_they_always_were(
     assert seen["HF_HOME"] == f"{home}/.cache/huggingface"
 
 
-def test_what_the_caller_has_set_wins(commands: Path, tmp_path: Path) -> None:
+def test_variables_of_the_caller_are_kept(commands: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     seen = environment_of(call(commands, "env", HOME=str(home), HF_HOME="/models", USER="ada"))
@@ -168,18 +170,18 @@ def test_a_cache_that_is_not_writable_is_reported(commands: Path) -> None:
     assert "fix:" in result.stderr
 
 
-def test_temporary_files_have_a_place(commands: Path, tmp_path: Path) -> None:
+def test_only_a_tmpdir_that_is_not_writable_is_replaced(commands: Path, tmp_path: Path) -> None:
     seen = environment_of(call(commands, "env", TMPDIR=UNWRITABLE))
     assert seen["TMPDIR"] == str(tmp_path / "cache")
     assert environment_of(call(commands, "env", TMPDIR=str(tmp_path)))["TMPDIR"] == str(tmp_path)
 
 
-def test_nothing_is_left_where_the_entry_point_looked(commands: Path, tmp_path: Path) -> None:
+def test_the_entry_point_leaves_no_file_in_the_cache(commands: Path, tmp_path: Path) -> None:
     call(commands, "true")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_compatibility_libraries_are_refused_where_there_are_none(commands: Path) -> None:
+def test_missing_compatibility_libraries_are_an_error(commands: Path) -> None:
     result = call(
         commands, "true", TOOLKIT_CUDA_COMPAT="1", TOOLKIT_COMPAT_DIR=str(commands / "none")
     )
@@ -206,7 +208,7 @@ def test_compatibility_libraries_without_a_driver_are_reported(
     ("driver", "used"),
     [("535.183.01", True), ("580.95.05", False), ("590.10", False)],
 )
-def test_compatibility_libraries_serve_only_a_driver_that_needs_them(
+def test_compatibility_libraries_are_used_only_with_an_older_driver(
     commands: Path, tmp_path: Path, driver: str, used: bool
 ) -> None:
     compat = tmp_path / "compat"
@@ -229,16 +231,16 @@ def test_compatibility_libraries_serve_only_a_driver_that_needs_them(
     ("limit", "threads"),
     [("100000 100000", "1"), ("50000 100000", "1"), ("max 100000", None), ("6400000 100000", None)],
 )
-def test_threads_follow_the_cpus_that_the_container_may_use(
+def test_the_thread_count_follows_the_cpu_limit_of_the_container(
     commands: Path, tmp_path: Path, limit: str, threads: str | None
 ) -> None:
-    assert (os.cpu_count() or 1) >= 2, "a machine of one CPU cannot tell"
+    assert (os.cpu_count() or 1) >= 2, "this test needs at least two CPUs"
     (tmp_path / "cpu.max").write_text(f"{limit}\n")
     seen = environment_of(call(commands, "env", TOOLKIT_CPU_MAX=str(tmp_path / "cpu.max")))
     assert seen.get("OMP_NUM_THREADS") == threads
 
 
-def test_threads_that_the_caller_has_set_win(commands: Path, tmp_path: Path) -> None:
+def test_the_thread_count_of_the_caller_is_kept(commands: Path, tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("100000 100000\n")
     seen = environment_of(
         call(commands, "env", TOOLKIT_CPU_MAX=str(tmp_path / "cpu.max"), OMP_NUM_THREADS="7")
@@ -259,8 +261,8 @@ def test_a_signal_reaches_the_command_itself(commands: Path) -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    asked = time.monotonic()
+    sent_at = time.monotonic()
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=10)
     assert (process.returncode, rest) == (75, "stopping\n")
-    assert time.monotonic() - asked < 5
+    assert time.monotonic() - sent_at < 5

@@ -1,4 +1,6 @@
-"""What the docker format records of the builder is left out of an image, and nothing else."""
+"""The values of the docker format that describe the build are removed from an image. All other
+values stay.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ SCRIPT = Path(__file__).resolve().parents[3] / "containers/fixed_config.py"
 
 
 def inspect_output(word: str) -> dict[str, str]:
-    """As `buildah inspect --type image` prints an image; ``word`` is random in each build."""
+    """The output of `buildah inspect --type image`. ``word`` is random in each build."""
     config = {
         "created": "2026-01-01T00:00:00Z",
         "container": word * 4,
@@ -40,7 +42,7 @@ def inspect_output(word: str) -> dict[str, str]:
 
 
 def run_script(folder: Path, word: str) -> tuple[bytes, dict[str, Any], str]:
-    """(configuration, manifest, what was printed)"""
+    """Return (configuration, manifest, stdout)."""
     (folder / f"{word}.json").write_text(json.dumps(inspect_output(word)))
     command = [sys.executable, str(SCRIPT), str(folder / f"{word}.json"), str(folder / word)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""The locks: the public index only, every package with hashes, in step with pyproject.toml."""
+"""The locks name only the public index, have a hash for every package, and match pyproject.toml."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from packaging.utils import parse_wheel_filename
 REPO = Path(__file__).resolve().parents[3]
 LOCKS = sorted((REPO / "locks").glob("*.txt"))
 PUBLIC = {"https://pypi.org", "https://files.pythonhosted.org"}
-# torch of a working copy, with no hash by design; no image reads it.
+# The CPU build of torch for development. It has no hashes on purpose, and no image uses it.
 WITHOUT_HASHES = {"cpu-torch.txt"}
 
 
-def test_no_lock_names_a_host_but_the_public_index() -> None:
+def test_no_lock_names_a_host_other_than_the_public_index() -> None:
     for path in [REPO / "uv.lock", *LOCKS]:
         hosts = set(re.findall(r"(?:https?|ftp|file)://[^/\"\s]*", path.read_text()))
         assert hosts <= PUBLIC, f"{path.name} names {sorted(hosts - PUBLIC)}"
@@ -49,7 +49,7 @@ def test_every_package_has_a_hash(path: Path) -> None:
 
 
 def copy_of_the_project(folder: Path) -> Path:
-    """The files that lock.sh reads, to be spoiled."""
+    """A copy of the files that lock.sh reads, which a test can change."""
     for name in ("pyproject.toml", "uv.lock", "README.md", "LICENSE"):
         shutil.copy(REPO / name, folder)
     for name in ("locks", "containers"):
@@ -109,7 +109,7 @@ def test_a_mirror_in_a_lock_is_reported(tmp_path: Path) -> None:
 
 
 def tags_of(python: tuple[int, int], glibc: int) -> set[Tag]:
-    """What a CPython on x86-64 Linux with glibc 2.``glibc`` installs."""
+    """The wheel tags that CPython on x86-64 Linux with glibc 2.``glibc`` accepts."""
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(glibc, 4, -1)]
     platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
     compatible = compatible_tags(python, f"cp{python[0]}{python[1]}", platforms)
@@ -127,7 +127,9 @@ def tags_of(python: tuple[int, int], glibc: int) -> set[Tag]:
 def test_every_package_has_a_wheel_for_the_python_of_its_base(
     lock: str, python: tuple[int, int], glibc: int
 ) -> None:
-    """No image build compiles anything: an sdist alone would end it after half an hour."""
+    """An image build compiles no package. A package that has only an sdist would end the build
+    after half an hour.
+    """
     wheels: dict[tuple[str, str], list[str]] = {}
     for package in tomllib.loads((REPO / "uv.lock").read_text())["package"]:
         names = [wheel["url"].rpartition("/")[2] for wheel in package.get("wheels", [])]

@@ -1,4 +1,4 @@
-"""The bill of materials of an image, and the look into the vulnerability database."""
+"""The bill of materials of an image, and the search for known vulnerabilities."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ FOUND = {"id": "PYSEC-1", "fix_versions": ["9.0"], "aliases": [], "description":
     [
         ({"vulns": []}, 0, "1 packages, no known vulnerability"),
         ({"vulns": [FOUND]}, 1, "click 8.5.1: PYSEC-1, fixed in 9.0"),
-        # pip-audit itself ends with 0 here: nothing was found, since nothing was looked up.
+        # pip-audit exits with 0 here. It found no vulnerability, because it got no answer.
         ({"skip_reason": "not found"}, 4, "no answer for 1 of 1"),
     ],
     ids=["clean", "known", "unanswered"],
@@ -88,5 +88,5 @@ def test_the_audit_distinguishes_clean_vulnerable_and_unanswered(
     assert text in result.stdout
 
 
-def test_an_audit_of_no_lock_is_a_usage_error() -> None:
+def test_an_audit_of_an_unknown_lock_is_a_usage_error() -> None:
     assert script("audit", "nothing").returncode == 2

@@ -1,4 +1,4 @@
-"""The Slurm files, run by bash with stand-ins for Slurm's own commands and for Apptainer."""
+"""The Slurm files, run by bash with fake commands instead of Slurm's commands and Apptainer."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ def write(path: Path, body: str) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
-    """Stand-ins: srun and apptainer run what they are given, scontrol notes what it is asked.
+    """A folder with fake commands. srun and apptainer run their arguments. apptainer and scontrol
+    also write them to $LOG.
 
-    As the real one (Slurm 22.05), it changes these settings of no job that runs, and knows no `+=`.
+    Like the scontrol of Slurm 22.05, the fake one cannot change these settings of a running job and
+    does not support `+=`.
     """
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -31,7 +33,7 @@ def cluster(tmp_path: Path) -> Path:
         folder / "srun",
         'while [ "${1#-}" != "$1" ]; do shift; done\nexec "$@"',
     )
-    # The command follows the image; everything before it is the container's own.
+    # The command follows the image. All arguments before the image are options of apptainer.
     write(
         folder / "apptainer",
         'echo "apptainer $*" >>"$LOG"\nwhile [ "$1" != image.sif ]; do shift; done\n'
@@ -72,7 +74,7 @@ def environment(cluster: Path, **variables: str) -> dict[str, str]:
 
 
 def batch(cluster: Path, name: str, **variables: str) -> tuple[int, str, str]:
-    """Run a batch script to its end: (exit code, what the stand-ins noted, stderr)."""
+    """Run a batch script and return (exit code, content of $LOG, stderr)."""
     result = subprocess.run(
         ["bash", str(SLURM / name), "run.yaml"],
         env=environment(cluster, **variables),
@@ -86,19 +88,19 @@ def batch(cluster: Path, name: str, **variables: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 5, 70])
-def test_codes_that_no_requeue_helps_end_the_job(cluster: Path, code: int) -> None:
-    got, log, _ = batch(cluster, "train.sbatch", CODE=str(code))
-    assert got == code
+def test_after_these_exit_codes_the_job_is_not_requeued(cluster: Path, code: int) -> None:
+    exit_code, log, _ = batch(cluster, "train.sbatch", CODE=str(code))
+    assert exit_code == code
     assert "scontrol" not in log
 
 
-def test_a_run_that_stopped_with_a_checkpoint_goes_back_to_the_queue(cluster: Path) -> None:
-    got, log, _ = batch(cluster, "train.sbatch", CODE="75")
-    assert got == 75
+def test_a_run_that_stopped_with_a_checkpoint_is_requeued(cluster: Path) -> None:
+    exit_code, log, _ = batch(cluster, "train.sbatch", CODE="75")
+    assert exit_code == 75
     assert "scontrol requeue 41" in log
 
 
-def test_a_bad_node_is_left_out_of_the_next_try(cluster: Path) -> None:
+def test_the_requeued_job_excludes_a_bad_node(cluster: Path) -> None:
     _, log, _ = batch(cluster, "train.sbatch", CODE="3")
     assert log.index("scontrol requeue 41") < log.index(
         "scontrol update JobId=41 ExcNodeList=node1"
@@ -107,14 +109,14 @@ def test_a_bad_node_is_left_out_of_the_next_try(cluster: Path) -> None:
     assert "scontrol update JobId=41 ExcNodeList=node[7-8],node1\n" in log
 
 
-def test_what_must_be_waited_for_is_tried_later(cluster: Path) -> None:
+def test_after_exit_code_4_the_job_is_requeued_with_a_later_start(cluster: Path) -> None:
     _, log, _ = batch(cluster, "train.sbatch", CODE="4")
     assert log.index("scontrol requeue 41") < log.index(
         "scontrol update JobId=41 StartTime=now+300"
     )
 
 
-def test_a_job_is_not_requeued_for_ever(cluster: Path) -> None:
+def test_the_number_of_requeues_is_limited(cluster: Path) -> None:
     _, log, stderr = batch(
         cluster, "train.sbatch", CODE="75", SLURM_RESTART_COUNT="3", MOST_RESTARTS="3"
     )
@@ -123,7 +125,9 @@ def test_a_job_is_not_requeued_for_ever(cluster: Path) -> None:
 
 
 def started(cluster: Path, name: str) -> subprocess.Popen[bytes]:
-    """The batch file ``name``, once its stand-in of the command has made the file ``ready``."""
+    """Start the batch script ``name``, and return when its fake toolkit has created the file
+    ``ready``.
+    """
     process = subprocess.Popen(
         ["bash", str(SLURM / name), "run.yaml"],
         env=environment(cluster),
@@ -147,7 +151,8 @@ def test_a_warning_signal_reaches_the_training_and_requeues(
         "touch ready\nwhile :; do sleep 0.05; done",
     )
     process = started(cluster, "train.sbatch")
-    os.kill(process.pid, number)  # `--signal=B:` and a preemption reach the batch shell alone
+    # With `--signal=B:` and on a preemption, only the batch shell gets the signal.
+    os.kill(process.pid, number)
     assert process.wait(timeout=10) == 75
     log = (cluster.parent / "log").read_text()
     assert number.name in log
@@ -156,31 +161,31 @@ def test_a_warning_signal_reaches_the_training_and_requeues(
 
 @pytest.mark.parametrize("name", ["train.sbatch", "train-multinode.sbatch"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_run_that_a_signal_met_while_it_started_goes_back_to_the_queue(
+def test_a_signal_during_the_start_requeues_the_job(
     cluster: Path, number: signal.Signals, name: str
 ) -> None:
     write(cluster / "toolkit", "touch ready\nexec sleep 20")
     process = started(cluster, name)
-    time.sleep(0.2)  # the stand-in has become `sleep`, which dies of either
+    time.sleep(0.2)  # now `sleep` runs, which both signals end
     os.kill(process.pid, number)
     assert process.wait(timeout=10) == 128 + number
     assert "scontrol requeue 41" in (cluster.parent / "log").read_text()
 
 
-def test_each_task_of_several_nodes_knows_its_rank(cluster: Path) -> None:
+def test_each_task_of_several_nodes_gets_its_rank(cluster: Path) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
     write(
         cluster / "toolkit",
         f'for n in {names}; do echo "$n=${{!n}}" >>"$LOG"; done\necho "toolkit $*" >>"$LOG"',
     )
-    got, log, _ = batch(
+    exit_code, log, _ = batch(
         cluster,
         "train-multinode.sbatch",
         SLURM_PROCID="5",
         SLURM_LOCALID="1",
         SLURM_NTASKS="8",
     )
-    assert got == 0
+    assert exit_code == 0
     for line in ("RANK=5", "LOCAL_RANK=1", "WORLD_SIZE=8", "LOCAL_WORLD_SIZE=4"):
         assert line in log.splitlines()
     assert "toolkit train run.yaml" in log.splitlines()
@@ -188,7 +193,7 @@ def test_each_task_of_several_nodes_knows_its_rank(cluster: Path) -> None:
 
 
 def test_tasks_are_numbered_node_by_node(cluster: Path) -> None:
-    """Processes that share a model are neighbours, so a group of them is on one node."""
+    """Processes that share a model have consecutive ranks, so such a group is on one node."""
     shift = 'while [ "${1#-}" != "$1" ]; do shift; done\nexec "$@"'
     write(cluster / "srun", f'echo "srun $*" >>"$LOG"\n{shift}')
     _, log, _ = batch(cluster, "train-multinode.sbatch")
@@ -196,25 +201,25 @@ def test_tasks_are_numbered_node_by_node(cluster: Path) -> None:
     assert "--distribution=block" in started
 
 
-def test_the_pre_flight_of_several_nodes_knows_how_many_processes_there_will_be(
+def test_the_preflight_of_several_nodes_gets_the_number_of_processes(
     cluster: Path,
 ) -> None:
-    """A batch that holds whole groups over 8 processes may not over one."""
+    """A generation batch can be divisible by the group size with 8 processes but not with one."""
     write(cluster / "envcheck", 'echo "checks for $WORLD_SIZE, $LOCAL_WORLD_SIZE here" >>"$LOG"')
-    got, log, _ = batch(cluster, "train-multinode.sbatch", SLURM_NTASKS="8")
-    assert got == 0
+    exit_code, log, _ = batch(cluster, "train-multinode.sbatch", SLURM_NTASKS="8")
+    assert exit_code == 0
     assert "checks for 8, 4 here" in log.splitlines()
 
 
-def test_the_code_of_a_checkpoint_survives_several_nodes(cluster: Path) -> None:
-    got, log, _ = batch(cluster, "train-multinode.sbatch", CODE="75")
-    assert got == 75
+def test_a_run_on_several_nodes_that_stopped_with_a_checkpoint_is_requeued(cluster: Path) -> None:
+    exit_code, log, _ = batch(cluster, "train-multinode.sbatch", CODE="75")
+    assert exit_code == 75
     assert "scontrol requeue 41" in log
 
 
-def test_a_bad_node_of_several_is_named_before_any_waits(cluster: Path) -> None:
-    got, log, _ = batch(cluster, "train-multinode.sbatch", VERDICT="3")
-    assert got == 3
+def test_a_bad_node_of_several_is_excluded_before_training_starts(cluster: Path) -> None:
+    exit_code, log, _ = batch(cluster, "train-multinode.sbatch", VERDICT="3")
+    assert exit_code == 3
     assert log.index("scontrol requeue 41") < log.index(
         "scontrol update JobId=41 ExcNodeList=node1"
     )
@@ -222,8 +227,8 @@ def test_a_bad_node_of_several_is_named_before_any_waits(cluster: Path) -> None:
 
 
 def test_a_mistake_in_the_run_file_ends_the_job_on_several_nodes(cluster: Path) -> None:
-    got, log, _ = batch(cluster, "train-multinode.sbatch", VERDICT="1")
-    assert got == 1
+    exit_code, log, _ = batch(cluster, "train-multinode.sbatch", VERDICT="1")
+    assert exit_code == 1
     assert "scontrol" not in log.replace("scontrol show", "")
     assert "exec toolkit train" not in log
 
@@ -241,7 +246,7 @@ def prolog(cluster: Path, **variables: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("verdict", [0, 1, 2, 4, 5, 70, 127])
-def test_the_prolog_drains_no_node_for_anything_but_a_bad_node(cluster: Path, verdict: int) -> None:
+def test_the_prolog_drains_a_node_only_after_exit_code_3(cluster: Path, verdict: int) -> None:
     write(cluster / "envcheck", f"exit {verdict}")
     assert prolog(cluster) == (0, "")
 
@@ -253,8 +258,8 @@ def test_the_prolog_drains_a_bad_node_and_says_why(cluster: Path) -> None:
     assert "this node is bad: GPU 0: row remap failed" in (cluster.parent / "log").read_text()
 
 
-def test_the_prolog_asks_about_the_node_with_nothing_of_the_users(cluster: Path) -> None:
-    # A file of its own: $LOG does not reach it, which is the point.
+def test_the_prolog_checks_the_node_without_variables_of_the_user(cluster: Path) -> None:
+    # The check does not get $LOG, because the prolog removes the variables of the user.
     seen = cluster.parent / "seen"
     write(cluster / "envcheck", f'echo "$*" >{seen}\nenv >>{seen}')
     prolog(cluster, CUDA_VISIBLE_DEVICES="9", LD_PRELOAD="")
@@ -263,7 +268,7 @@ def test_the_prolog_asks_about_the_node_with_nothing_of_the_users(cluster: Path)
     assert "CUDA_VISIBLE_DEVICES" not in text
 
 
-def test_a_check_that_hangs_drains_nothing(cluster: Path) -> None:
+def test_a_check_that_hangs_drains_no_node(cluster: Path) -> None:
     write(cluster / "envcheck", "exec sleep 20")
     started = time.monotonic()
     assert prolog(cluster, CHECK_SECONDS="1") == (0, "")

@@ -1,4 +1,6 @@
-"""What can be said of the container files without building: each is judged by its own tool."""
+"""Checks of the container files that need no build. A linter or validator checks each kind of
+file.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ MANIFESTS = sorted(CONTAINERS.glob("kubernetes/*.yaml"))
 
 
 def tool(name: str) -> str:
-    """A tool of the dev extra, beside this Python."""
+    """The path of a tool of the dev extra, which is in the folder of this Python or on PATH."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         pytest.skip(f"{name} is not installed: run `just setup`")
@@ -64,7 +66,7 @@ def test_each_shell_section_of_the_definition_parses(section: str, tmp_path: Pat
 
 
 def sections(text: str) -> dict[str, str]:
-    """The sections of a definition file: name -> body."""
+    """The sections of a definition file, as a dict from name to body."""
     parts = re.split(r"^(%\w+)\s*$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -80,7 +82,7 @@ def test_the_environment_of_the_definition_never_overrides_the_host() -> None:
     exports = re.findall(r"^\s*export (\w+)=(.*)$", body, re.MULTILINE)
     assert exports
     for name, value in exports:
-        assert f"${{{name}:-" in value, f"{name} would win over the host's own"
+        assert f"${{{name}:-" in value, f"{name} would replace the value of the host"
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
@@ -100,7 +102,7 @@ def test_compose_file_is_valid() -> None:
 
 
 def pods() -> list[tuple[str, dict[str, object]]]:
-    """(name, pod spec) of everything in kubernetes/ that makes pods."""
+    """(name, pod spec) of each object in kubernetes/ that creates pods."""
     found = []
     for manifest in MANIFESTS:
         for document in yaml.safe_load_all(manifest.read_text()):
@@ -148,15 +150,15 @@ def test_the_numbers_of_a_job_of_groups_agree() -> None:
     (check,), (train,) = pod["initContainers"], pod["containers"]
     cards = train["resources"]["limits"]["nvidia.com/gpu"]
     nodes = spec["completions"]
-    told = {one["name"]: one.get("value") for one in train["env"]}
+    train_variables = {one["name"]: one.get("value") for one in train["env"]}
     assert spec["completionMode"] == "Indexed"
-    assert spec["parallelism"] == nodes == int(told["PET_NNODES"])
+    assert spec["parallelism"] == nodes == int(train_variables["PET_NNODES"])
     assert train["args"][-2:] == ["--nproc-per-node", cards]
-    judged = {one["name"]: one["value"] for one in check["env"]}
-    assert judged["WORLD_SIZE"] == str(nodes * int(cards))
-    assert judged["LOCAL_WORLD_SIZE"] == cards
-    assert told["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{pod['subdomain']}"
-    assert int(told["MASTER_PORT"]) == train["ports"][0]["containerPort"]
+    check_variables = {one["name"]: one["value"] for one in check["env"]}
+    assert check_variables["WORLD_SIZE"] == str(nodes * int(cards))
+    assert check_variables["LOCAL_WORLD_SIZE"] == cards
+    assert train_variables["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{pod['subdomain']}"
+    assert int(train_variables["MASTER_PORT"]) == train["ports"][0]["containerPort"]
     text = (CONTAINERS / "kubernetes/train-groups.yaml").read_text()
     service = next(one for one in yaml.safe_load_all(text) if one["kind"] == "Service")
     assert service["metadata"]["name"] == pod["subdomain"]
@@ -178,7 +180,7 @@ def test_the_job_acts_on_the_exit_codes(manifest: str) -> None:
     }
     assert actions[("train", 75)] == "Ignore"
     assert actions[("preflight", 1)] == actions[("train", 1)] == "FailJob"
-    # A bad node and a busy one are worth another pod: no rule may end the job for them.
+    # After exit code 3 (bad node) or 4 (busy node) another pod can help, so no rule ends the job.
     assert not {code for _, code in actions} & {3, 4}
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
@@ -196,7 +198,7 @@ def test_every_base_is_pinned_by_digest() -> None:
     assert bases["BASE_IMAGE"].split("@")[1] in definition, "definition and Dockerfile differ"
 
 
-def test_the_build_sees_nothing_but_the_product() -> None:
+def test_the_build_context_has_only_the_files_of_the_product() -> None:
     lines = (CONTAINERS / "Dockerfile.dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"

@@ -1,4 +1,4 @@
-"""A recorded node, and what one check says of it."""
+"""Functions that load the snapshot of a recorded node and run one check on a snapshot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fakes on the path, and pynvml put back after a test has replaced its library."""
+"""Put tests/fakes on sys.path, and restore pynvml after a test that has replaced its library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
 @pytest.fixture
 def pynvml_library() -> Iterator[Any]:
-    """pynvml, whose loaded library and function cache are restored afterwards."""
+    """pynvml. Its loaded library is restored and its function cache is cleared after the test."""
     import pynvml
 
     library = pynvml.nvmlLib

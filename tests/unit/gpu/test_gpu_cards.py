@@ -1,4 +1,6 @@
-"""The table of cards and slices, plain sizes, devices of other makers, and families."""
+"""The table of cards and slices, cards given as a memory size, devices of other makers, and
+families of cards.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ def test_the_table_has_cards_and_slices_each_with_its_source() -> None:
     assert len(published) >= 25
     for card in cards.CARDS:
         kept = card.total_bytes - card.cuda_bytes
-        least = -MIB if card.source == "host" else 1  # of GiB with two places
+        least = -MIB if card.source == "host" else 1  # rounding of GiB to two decimals
         assert least <= kept < 0.02 * card.total_bytes + 520 * MIB, card.name
         for profile, size, _ in card.slices:
             named = float(profile.split(".")[1].removesuffix("gb"))
@@ -33,7 +35,7 @@ def test_the_table_has_cards_and_slices_each_with_its_source() -> None:
 
 
 def test_a_size_from_a_log_has_its_address() -> None:
-    """So has each family of slices; and no address is of a card that there is not."""
+    """Each family of slices also has its address. Each address belongs to a card in the table."""
     for card in cards.CARDS:
         if card.source in {"read", "log", "reserved"}:
             assert card.addresses, card.name
@@ -110,18 +112,18 @@ def test_an_unknown_family_suggests_similar_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("card", "says"),
+    ("card", "expected"),
     [
         ("v100", "at least 7.5"), ("p100", "at least 7.5"), ("t4g", "aarch64 needs at least 8"),
         ("t4", None), ("thor", None), ("gb10", None), ("orin", None), ("b300", None),
         ("gh200", None), ("5090", None),
     ],
 )  # fmt: skip
-def test_the_locked_builds_support_a_card(card: str, says: str | None) -> None:
-    """Thor and T4G are judged by the list of aarch64."""
+def test_the_locked_builds_support_a_card(card: str, expected: str | None) -> None:
+    """For Thor and T4G, the capabilities of the aarch64 builds count."""
     found = cards.find_card(card)
     problem = build_problem(found.compute_capability, machine=found.machine)
-    assert (problem is None) if says is None else says in str(problem)
+    assert (problem is None) if expected is None else expected in str(problem)
 
 
 def test_thor_on_x86_64_and_a_card_without_vllm_use_the_list_of_torch() -> None:
@@ -135,7 +137,7 @@ def test_thor_on_x86_64_and_a_card_without_vllm_use_the_list_of_torch() -> None:
 
 
 def test_the_list_of_vllm_depends_on_its_cuda_version() -> None:
-    """Its CUDA 12.9 build of aarch64 has no code for Thor; a V100 runs with older builds."""
+    """vLLM's CUDA 12.9 build for aarch64 has no code for Thor. A V100 runs with older builds."""
     problem = str(build_problem((11, 0), machine="aarch64", cuda="12.9"))
     assert "vLLM for CUDA 12.9 on aarch64 supports 8.0, 8.7" in problem
     assert build_problem((11, 0), machine="aarch64", cuda="12.9", vllm=False) is None

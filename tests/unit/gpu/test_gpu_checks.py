@@ -1,4 +1,4 @@
-"""What holds for every check, and the branches that no fixture node reaches."""
+"""Properties of every check, and results of checks that no fixture node has."""
 
 from __future__ import annotations
 
@@ -224,8 +224,8 @@ def with_shared_memory(name: str, free: int) -> NodeSnapshot:
 
 def test_shared_memory_depends_on_the_number_of_processes() -> None:
     small, enough = 64 << 20, 2 << 30
-    nobody_asked = run_check(with_shared_memory("h100x8-small-shm", small), "host.shm")
-    assert nobody_asked.verdict == "warn"
+    without_config = run_check(with_shared_memory("h100x8-small-shm", small), "host.shm")
+    assert without_config.verdict == "warn"
     alone = CheckContext(configured=True)
     result = run_check(with_shared_memory("h100x8-small-shm", small), "host.shm", alone)
     assert result.verdict == "ok"
@@ -245,7 +245,7 @@ def test_shared_memory_depends_on_the_number_of_processes() -> None:
             run_check(with_shared_memory("h100x8-small-shm", enough), "host.shm", several).verdict
             == "ok"
         )
-    # Two ranks on a machine without a card talk over sockets.
+    # Two ranks on a machine without a card communicate over sockets.
     ranks = CheckContext(configured=True, engine="transformers", world_size=2)
     assert run_check(with_shared_memory("cpu", small), "host.shm", ranks).verdict == "warn"
 
@@ -264,7 +264,7 @@ def test_cards_of_a_tensor_parallel_group_need_nvlink() -> None:
 
 
 def test_cards_of_a_tensor_parallel_group_must_be_of_one_kind() -> None:
-    node = recorded_snapshot("mixed-cards")  # CUDA sorts the slower one to the end
+    node = recorded_snapshot("mixed-cards")  # CUDA sorts the slower card to the end
     group = CheckContext(configured=True, tensor_parallel_size=4, world_size=8)
     result = run_check(node, "devices.alike", group)
     assert (result.verdict, result.blame) == ("fail", "user")

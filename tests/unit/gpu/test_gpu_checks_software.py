@@ -1,4 +1,4 @@
-"""What is installed, against our own pins, a lock, and the card."""
+"""Checks of the installed software: the versions of a lock file, and libnuma for vLLM on a CPU."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_installed_versions_are_compared_with_the_lock() -> None:
 def test_libnuma_is_checked_only_for_the_cpu_build_of_vllm() -> None:
     snapshot = recorded_snapshot("cpu-no-libnuma")
     check = checks_by_id()["software.libnuma"]
-    assert run_check(snapshot, check.id).verdict == "warn"  # nobody has asked for vLLM
+    assert run_check(snapshot, check.id).verdict == "warn"  # no run file asks for vLLM
     assert check.run(snapshot, CheckContext(configured=True, engine="transformers")) is None
     assert check.run(recorded_snapshot("h200-healthy"), CheckContext()) is None
     unasked = replace(snapshot, software=replace(snapshot.software, libnuma=NOT_QUERIED))
-    assert run_check(unasked, check.id).verdict == "unknown"  # a recording of an older release
+    assert run_check(unasked, check.id).verdict == "unknown"  # an older recording

@@ -1,4 +1,6 @@
-"""CUDA's numbers against NVML's rows: every form of CUDA_VISIBLE_DEVICES, order, MIG, memory."""
+"""The NVML device for each CUDA device number: forms of CUDA_VISIBLE_DEVICES, the order of the
+cards, MIG slices and memory.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,11 @@ def recorded_node(name: str, **environment: str) -> NodeSnapshot:
         ("1,1", [], True),
         ("GPU-00000013", [3], False),
         ("gpu-00000011-5A3C", [1], False),
-        ("GPU-0000001", [], True),  # a prefix of all eight
+        ("GPU-0000001", [], True),  # all eight UUIDs begin with this prefix
         ("GPU-ffffffff", [], True),
         ("NoDevFiles", [], True),
         ("0;1", [], True),
-        ("٣", [], True),  # a digit of another script is no index
+        ("٣", [], True),  # a digit of another script is not an index
     ],
 )
 def test_visible_devices(value: str, expected: list[int], stops: bool) -> None:

@@ -1,4 +1,4 @@
-"""The host and the driver's files, laid out under a folder of the test."""
+"""Facts about the host and the driver, read from files that the test writes under a root folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_limits_of_every_parent_group_apply_in_version_2(tmp_path: Path) -> 
     assert read_cgroup(tmp_path) == {
         "version": 2,
         "memory_limit": 32 * GIB,
-        "memory_used": 3 * GIB - 3 * GIB // 2,  # the page cache can be had
+        "memory_used": 3 * GIB - 3 * GIB // 2,  # without the page cache, which can be freed
         "cpu_limit": 4.0,
     }
 
@@ -59,7 +59,7 @@ def test_the_largest_number_means_no_limit_in_version_1(tmp_path: Path) -> None:
             "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
         },
     )
-    # The container's own path is not visible inside it: its root is the group.
+    # Inside a container the path of its group is not visible. The root folder is the group.
     found = read_cgroup(tmp_path)
     assert found == {
         "version": 1,

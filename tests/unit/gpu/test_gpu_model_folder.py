@@ -1,4 +1,6 @@
-"""A model's files, complete or not, and files that were made to do harm: bounded and in words."""
+"""Checks of a model's files: complete, incomplete and hostile ones. Each check ends in bounded time
+with a short text.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,7 @@ def test_broken_links_and_loops_of_links_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "check", "text"),
+    ("damage", "check", "text"),
     [
         (lambda f: (f / "config.json").unlink(), "model.config", "config.json does not exist"),
         (lambda f: (f / "config.json").write_text('{"a'), "model.config", "read as JSON"),
@@ -88,9 +90,9 @@ def test_broken_links_and_loops_of_links_are_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_each_fault_fails_its_check(spoil: Any, check: str, text: str, tmp_path: Path) -> None:
+def test_each_fault_fails_its_check(damage: Any, check: str, text: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path)
-    spoil(folder)
+    damage(folder)
     result = check_model(folder)[check]
     assert result.verdict == "fail"
     assert text in result.evidence

@@ -1,4 +1,6 @@
-"""NVML's answers through pynvml's own structs: three outcomes, a lost card, a driver that hangs."""
+"""Reading NVML through the structs of pynvml: a query has a value, is unsupported or fails. Also a
+lost card and a driver that hangs.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ def test_a_driver_that_hangs_is_a_failed_reading(pynvml_library: Any) -> None:
     assert time.perf_counter() - start < 1.0
     assert answers.start.failed
     assert "0.2 s" in str(answers.start.reason)
-    time.sleep(1.6)  # let the thread end before pynvml is put back
+    time.sleep(1.6)  # the thread must end before pynvml is restored
 
 
 def test_old_calls_are_used_if_the_driver_lacks_the_new_ones(pynvml_library: Any) -> None:

@@ -1,4 +1,4 @@
-"""The metrics are what Prometheus' own parser reads, and only what is known is among them."""
+"""The parser of Prometheus reads the metrics. A value that is not known has no metric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recording names nobody, and judges the same anywhere."""
+"""A recording has no names of users or hosts, and its checks have the same verdicts everywhere."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def test_a_recording_gets_the_verdicts_of_its_node(name: str) -> None:
     context = CheckContext(required_gpus=1, engine="vllm")
     results = run_checks(snapshot, context)
     data = json.loads(json.dumps(make_recording(snapshot, context, results)))
-    if not snapshot.gpus or any(gpu.slices for gpu in snapshot.gpus):  # one GPU: below
+    # The next test checks the schema for a node with GPUs.
+    if not snapshot.gpus or any(gpu.slices for gpu in snapshot.gpus):
         assert check_instance(data, "report") == []
-    again, asked, verdicts = parse_recording(data)
-    assert asked == context
-    assert {one.id: one.verdict for one in run_checks(again, asked)} == verdicts
+    again, parsed_context, verdicts = parse_recording(data)
+    assert parsed_context == context
+    assert {one.id: one.verdict for one in run_checks(again, parsed_context)} == verdicts
     assert verdicts == {one.id: one.verdict for one in results}
 
 
@@ -104,14 +105,16 @@ def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_data_that_matches_the_schema_can_be_checked(data: st.DataObject) -> None:
-    """One value of a good recording is replaced: the schema refuses it, or every check answers."""
+    """One value of a valid recording is replaced. Either the schema refuses the recording, or every
+    check has a result.
+    """
     snapshot = node_from_json(cases.load("h200-tenant").node)
     good = make_recording(snapshot, CheckContext(), run_checks(snapshot))
     path = data.draw(st.sampled_from([p for p in paths_in(good["node"]) if len(p) > 1]))
-    place = good["node"]
+    parent = good["node"]
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = data.draw(_ANY)
+        parent = parent[key]
+    parent[path[-1]] = data.draw(_ANY)
     if check_instance(good, "report") == []:
         again, context, _ = parse_recording(good)
         assert run_checks(again, context)

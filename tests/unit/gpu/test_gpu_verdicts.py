@@ -1,4 +1,6 @@
-"""Who must act, and what to do: displays, Windows under WSL, old drivers, integrated memory."""
+"""Who must act after a failed check, and the remedy: displays, Windows with WSL, old drivers and
+integrated memory.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ ASKED = CheckContext(configured=True, gpu_memory_utilization=0.85)
 def test_a_display_is_not_a_tenant(
     node: str, check: str, context: CheckContext, evidence: str
 ) -> None:
-    """Exit 1 with the share that fits: 0.71 beside a desktop of 6 GiB, 0.67 beside 7 GiB."""
+    """The user must act. The remedy has the utilization that fits: 0.71 if the desktop uses 6 GiB,
+    0.67 if Windows uses 7 GiB.
+    """
     result = run_check(recorded_snapshot(node), check, context)
     assert (result.verdict, result.blame) == ("fail", "user")
     assert evidence in result.evidence
@@ -53,9 +57,9 @@ def test_the_remedy_for_an_old_driver_depends_on_the_card() -> None:
     assert "cuda-compat-13-0" in str(server.remedy)
     snapshot = recorded_snapshot("b200-driver-570")
     desktop = replace(snapshot.gpus[0], name=succeeded("NVIDIA GeForce RTX 5090"))
-    told = run_check(replace(snapshot, gpus=(desktop,)), "driver.cuda")
-    assert "TOOLKIT_CUDA_COMPAT" not in str(told.remedy)
-    assert "this card does not support forward compatibility" in str(told.remedy)
+    result = run_check(replace(snapshot, gpus=(desktop,)), "driver.cuda")
+    assert "TOOLKIT_CUDA_COMPAT" not in str(result.remedy)
+    assert "this card does not support forward compatibility" in str(result.remedy)
 
 
 def test_integrated_memory_uses_the_memory_of_the_host() -> None:
@@ -73,7 +77,9 @@ def test_integrated_memory_uses_the_memory_of_the_host() -> None:
 def test_the_architecture_comes_from_the_node_or_the_table_of_cards(
     node: str, machine: str
 ) -> None:
-    """The recording of the GB10 is older than the reading: the card tells."""
+    """The recording of the GB10 is from an older release and has no CPU architecture. The
+    architecture comes from the table of cards.
+    """
     snapshot = recorded_snapshot(node)
     assert cpu_architecture(snapshot, snapshot.gpus[0]) == machine
     arch = run_check(snapshot, "software.arch")
