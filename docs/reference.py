@@ -61,7 +61,10 @@ def _pages() -> Iterator[tuple[str, str]]:
     yield _page_path("cards/index"), _cards_index()
     yield _page_path("exit-codes/index"), _exit_codes_index()
     yield from ((_page_path(f"exit-codes/{code}"), _exit_code_page(code)) for code in EXIT_CODES)
-    yield from ((_page_path(f"import/{form}"), _import_page(form)) for form in TABLE_MODULES)
+    yield from (
+        (_page_path(f"import/{format_name}"), _import_page(format_name))
+        for format_name in TABLE_MODULES
+    )
     yield _page_path("metrics/index"), _metrics_index()
     yield _page_path("symptoms/index"), _symptoms_index()
     yield from (
@@ -173,12 +176,12 @@ def _keys_index(keys: dict[str, dict[str, Any]]) -> str:
     return f"{text}\n## Not in a run file\n\n{why}: {links}.\n"
 
 
-def _import_page(form: str) -> str:
-    found = load_table(form)
-    rows = table_markdown(form).partition("\n\n")[2]
+def _import_page(format_name: str) -> str:
+    found = load_table(format_name)
+    rows = table_markdown(format_name).partition("\n\n")[2]
     return (
         f"# From {_escape(found.title)}\n\nWhat `toolkit import` makes of each key. Print it with"
-        f" `toolkit import --table {form}`.\n\n{rows}\n"
+        f" `toolkit import --table {format_name}`.\n\n{rows}\n"
     )
 
 

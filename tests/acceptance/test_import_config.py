@@ -89,7 +89,7 @@ def run(*arguments: object) -> Any:
 def test_every_fixture_has_an_expected_outcome() -> None:
     assert {path.name for path in FILES} == set(OUTCOMES)
     assert len(FILES) >= 40
-    assert {form for form, _, _ in OUTCOMES.values()} == {
+    assert {format_name for format_name, _, _ in OUTCOMES.values()} == {
         "axolotl", "trl", "script", "verl", "prime-rl", "ms-swift",
     }  # fmt: skip
     assert {path.stem for path in EXPECTED.iterdir()} == {path.name for path in FILES}
@@ -97,8 +97,8 @@ def test_every_fixture_has_an_expected_outcome() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_file_becomes_the_expected_run_file(path: Path, tmp_path: Path) -> None:
-    form, code, errors = OUTCOMES[path.name]
-    assert read_foreign_config(str(path)).form == form
+    format_name, code, errors = OUTCOMES[path.name]
+    assert read_foreign_config(str(path)).format_name == format_name
     to = tmp_path / "run.yaml"
     outcome = run(path, "--to", to)
     text = to.read_text(encoding="utf-8")
@@ -118,9 +118,9 @@ def test_no_setting_is_lost(path: Path, tmp_path: Path) -> None:
     to = tmp_path / "run.yaml"
     run(path, "--to", to)
     text = to.read_text(encoding="utf-8")
-    form = OUTCOMES[path.name][0]
+    format_name = OUTCOMES[path.name][0]
     for entry in read_foreign_config(str(path)).entries:
-        row = load_table(form).find_row(entry.key)
+        row = load_table(format_name).find_row(entry.key)
         if entry.key.endswith("reward_weights") or (row is not None and row.convert is later):
             continue  # converted together with other settings, so it has no line of its own
         assert f"{entry.location}: {entry.key}" in text, entry
@@ -212,13 +212,13 @@ def test_a_secret_is_not_copied(tmp_path: Path) -> None:
     assert secret not in (tmp_path / "run.yaml").read_text() + outcome.output
 
 
-@pytest.mark.parametrize("form", ["verl", "ms-swift", "trl"])
-def test_a_hostile_name_stays_in_its_comment(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_name", ["verl", "ms-swift", "trl"])
+def test_a_hostile_name_stays_in_its_comment(format_name: str, tmp_path: Path) -> None:
     """Line breaks in the names and values of the other file add no keys to the run file."""
     path = tmp_path / "args.json"
     keys = '"a\\nruntime:\\n  allow_code: [evil]": 1, "x": "y\\u2028\\nmodel: {model_name: evil}"'
     path.write_text('{"model_name_or_path": "m\\nruntime: {allow_code: [evil]}", ' + keys + "}")
-    run(path, "--from", form, "--to", tmp_path / "run.yaml")
+    run(path, "--from", format_name, "--to", tmp_path / "run.yaml")
     document = load_document(tmp_path / "run.yaml")
     assert document.findings == []
     assert document.find_node(("runtime", "allow_code")) is None

@@ -16,7 +16,7 @@ import torch
 from conftest import small_options
 from transformers import AutoModelForCausalLM
 
-from toolkit.engine.mesh import join_default_group
+from toolkit.engine.mesh import create_default_group
 from toolkit.engine.open_engine import open_engine
 from toolkit.engine.rollout_request import Sampling
 from toolkit.policy.lora import adapter_tensors, add_lora, set_adapter_tensors
@@ -93,7 +93,7 @@ def compare_with_separate_load(folder: Path, family: str) -> dict[str, Any]:
 
 def main(folder: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
-    join_default_group()
+    create_default_group()
     for family in families:
         if os.environ["RANK"] == "0":
             engine_checkpoints.make_checkpoint(folder / family, family)

@@ -16,7 +16,7 @@ from conftest import small_options
 
 from toolkit.base.errors import ToolkitError
 from toolkit.engine import oom_agreement
-from toolkit.engine.mesh import join_default_group
+from toolkit.engine.mesh import create_default_group
 from toolkit.engine.open_engine import open_engine
 from toolkit.engine.rollout_request import Sampling
 
@@ -44,7 +44,7 @@ def limit_sequences(forward: Any, max_sequences: int) -> Any:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    join_default_group()
+    create_default_group()
     rank = os.environ["RANK"]
     if rank == "0":
         engine_checkpoints.make_checkpoint(folder, "llama")

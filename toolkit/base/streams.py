@@ -54,9 +54,10 @@ def ignore_lost_streams() -> Iterator[None]:
 
 
 class LossTolerantStream:
-    """A wrapper around a text stream, which becomes the null device when the stream fails for the
-    first time. The warning about the failure is written to ``warning_stream``. All other
-    attributes are those of the wrapped stream.
+    """A wrapper around a text stream that may fail during the run. After the first failure, all
+    output to the stream is dropped, and its file descriptor is connected to the null device. One
+    warning about the failure is written to ``warning_stream``. All other attributes are those of
+    the wrapped stream.
     """
 
     def __init__(

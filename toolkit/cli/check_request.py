@@ -47,8 +47,9 @@ def check_node(
     node: bool = False,
     **selection: Sequence[str],
 ) -> tuple[NodeSnapshot, CheckContext, list[CheckResult]]:
-    """Read this node and run the checks that ``only`` and ``skip`` (in ``selection``) select.
-    Return the snapshot of the node, the context of the checks and their results.
+    """Read this node, and run the checks that ``selection`` selects: the keywords ``only`` and
+    ``skip`` of ``select_checks``. Return the snapshot of the node, the context of the checks and
+    their results.
 
     Raises:
         ConfigError: the run file has errors.

@@ -147,8 +147,9 @@ def _exit_with_message(text: str, code: int, *, debug: bool) -> None:
 def command_main(group: click.Group) -> Callable[[], None]:
     """Return a function that runs the commands of ``group``. A console script calls this function.
 
-    A usage error exits with 2, and ``report_errors`` handles all other errors. First the function
-    ensures that no secret is printed and that other users cannot write to the created files.
+    The returned function first ensures that no secret is printed and that other users cannot write
+    to the created files. Then it runs the command. A usage error exits with 2, and
+    ``report_errors`` handles all other errors.
     """
 
     def main() -> None:

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 STDOUT = "-"
 
 
-def _print_table(context: click.Context, _: click.Parameter, form: str | None) -> None:
-    if form is None or context.resilient_parsing:
+def _print_table(context: click.Context, _: click.Parameter, format_name: str | None) -> None:
+    if format_name is None or context.resilient_parsing:
         return
     from toolkit.config.importers.write import table_markdown  # noqa: PLC0415 - only for --table
 
-    click.echo(table_markdown(form), nl=False)
+    click.echo(table_markdown(format_name), nl=False)
     context.exit()
 
 
@@ -37,7 +37,7 @@ def _print_table(context: click.Context, _: click.Parameter, form: str | None) -
 )
 @click.option(
     "--from",
-    "form",
+    "format_name",
     type=click.Choice(list(TABLE_MODULES)),
     help="The format of FILE (default: detected from its content).",
 )
@@ -55,7 +55,9 @@ def _print_table(context: click.Context, _: click.Parameter, form: str | None) -
     is_flag=True,
     help="Fail if a setting of FILE was refused (exit 1) or could not be read (exit 5).",
 )
-def import_config(file: str, to: str | None, form: str | None, force: bool, strict: bool) -> None:
+def import_config(
+    file: str, to: str | None, format_name: str | None, force: bool, strict: bool
+) -> None:
     """Write a run file from FILE, a config of axolotl, TRL, Unsloth, verl, prime-rl or ms-swift.
 
     FILE can be YAML, TOML, JSON, a shell script with a command line, a Python script or a notebook.
@@ -70,8 +72,8 @@ def import_config(file: str, to: str | None, form: str | None, force: bool, stri
     from toolkit.config.importers import read_foreign_config, run_file_text, translate  # noqa: PLC0415
     from toolkit.config.importers.formats import load_table  # noqa: PLC0415 - after parsing
 
-    foreign = read_foreign_config(file, form)
-    translation = translate(foreign, load_table(foreign.form))
+    foreign = read_foreign_config(file, format_name)
+    translation = translate(foreign, load_table(foreign.format_name))
     text = run_file_text(translation, "standard input" if file == STDOUT else Path(file).name)
     output_path = _output_path(file, to)
     if output_path is None:

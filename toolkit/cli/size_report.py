@@ -246,16 +246,16 @@ def _bar(terms: list[Term], total_bytes: int, free_bytes: int) -> str:
     return bar + "." * (width - len(bar))
 
 
-def _letter_counts(sizes: dict[str, int], taken_bytes: int, max_letters: int) -> dict[str, int]:
+def _letter_counts(sizes: dict[str, int], bar_bytes: int, max_letters: int) -> dict[str, int]:
     """Return how many letters each part of a bar gets. ``sizes`` has the bytes of each part. The
     letters are proportional to the bytes.
 
-    ``max_letters`` is the length of the bar in letters, and ``taken_bytes`` is its length in bytes.
-    A part below 0.1% of ``taken_bytes`` gets no letter. Every other part gets at least one letter.
-    If the sum of the letters is then above ``max_letters``, the longest parts are shortened.
+    The bar has ``max_letters`` letters, which stand for ``bar_bytes`` bytes. A part below 0.1% of
+    ``bar_bytes`` gets no letter. Every other part gets at least one letter. If the sum of the
+    letters is then above ``max_letters``, the longest parts are shortened.
     """
     total = sum(sizes.values())
-    shown = {letter: nbytes for letter, nbytes in sizes.items() if nbytes * 1000 > taken_bytes}
+    shown = {letter: nbytes for letter, nbytes in sizes.items() if nbytes * 1000 > bar_bytes}
     max_letters = max(max_letters, len(shown))
     counts = dict.fromkeys(sizes, 0)
     counts |= {letter: max(1, nbytes * max_letters // total) for letter, nbytes in shown.items()}

@@ -40,7 +40,7 @@ class _Options:
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option(
     "--format",
-    "form",
+    "output_format",
     type=click.Choice(list(PRINTERS)),
     default="text",
     show_default=True,
@@ -73,7 +73,7 @@ class _Options:
     metavar="NAME|none",
     help="Validate for this card (h200, a100-40, t4 ...). `none` is a machine without a GPU.",
 )
-def validate(files: tuple[str, ...], form: str, **options: Any) -> None:
+def validate(files: tuple[str, ...], output_format: str, **options: Any) -> None:
     """Find every error in run files. FILE is a YAML, JSON or TOML file, a folder, a glob pattern,
     or - for standard input.
 
@@ -83,7 +83,7 @@ def validate(files: tuple[str, ...], form: str, **options: Any) -> None:
     the address of its page in the documentation (in SARIF: helpUri).
     """
     request = _parse_options(options)
-    printer = PRINTERS[form]()
+    printer = PRINTERS[output_format]()
     names: list[str] = []
     for name in expand_arguments(files):
         names.append(name)

@@ -1,6 +1,6 @@
-"""Names that other tools, or their users, give to keys of a run file. The spelling of most of them
-is too different from the key for a suggestion by similarity, for example ``lr`` for
-``learning_rate``.
+"""Names that other tools, or their users, give to keys of a run file. For example, ``lr`` is the
+key ``learning_rate``. Most of these names are spelled so differently from the key that a comparison
+of spellings cannot find the key.
 """
 
 from __future__ import annotations

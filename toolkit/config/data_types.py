@@ -78,7 +78,9 @@ class ColumnType:
         self.fields: dict[str, ColumnType] = {}
 
     def add(self, value: Any, depth: int = 0) -> None:
-        """Raise TypeMismatch if ``value`` has another type than the earlier values."""
+        """Add ``value`` to the values that were checked. Raises TypeMismatch if ``value`` has
+        another type than the earlier values, and TooDeep if it is nested too deeply.
+        """
         if value is None:
             return
         # integers and floats count as one type

@@ -87,7 +87,8 @@ class _Fixer:
     ) -> tuple[Source, Validation] | None:
         """Apply the fix of the finding ``finding``. Return the new text and its validation. Return
         None if the finding does not have exactly one fix, or if the fix does not reduce the number
-        of findings. For a KEY rule, the number of findings may stay the same.
+        of findings. If the finding is about an unknown or invalid key (rules KEY...), the number of
+        findings may stay the same.
         """
         if len(finding.fixes) != 1 or self.remaining_characters < 0:
             return None

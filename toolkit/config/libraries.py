@@ -104,10 +104,10 @@ def installed_values(setting: str) -> AllowedValues | None:
 
 
 class ModelType(NamedTuple):
-    """What the installed transformers supports for one model_type. ``allowed_values`` says whether
+    """What the installed transformers supports for one model_type. ``is_known`` says whether
     transformers has the model_type, and ``is_causal`` says whether it has a causal language model
-    of that type (None: unknown). ``attention_support`` says for each attention function whether
-    models of that type support it, and is empty if this is unknown.
+    of that type. Both are None if transformers cannot be read. ``attention_support`` says for each
+    attention function whether models of that type support it, and is empty if this is unknown.
     """
 
     is_known: bool | None = None
@@ -118,8 +118,8 @@ class ModelType(NamedTuple):
 @cache
 def model_type(name: str) -> ModelType:
     """Return what the installed transformers supports for the model_type ``name``. The keys of
-    ``attention`` in the result are "sdpa", "flash" and "flex". The facts are read from the source
-    code of transformers, in the file layout of version 5.17.
+    ``attention_support`` in the result are "sdpa", "flash" and "flex". The facts are read from the
+    source code of transformers, in the file layout of version 5.17.
     """
     folder = package_folder("transformers")
     try:

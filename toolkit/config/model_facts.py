@@ -197,29 +197,34 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def min_cache_bytes(
-    text: Mapping[str, Any], *, tokens: int, element_bytes: int, block_tokens: int, gpus: int = 1
+    text_config: Mapping[str, Any],
+    *,
+    tokens: int,
+    element_bytes: int,
+    block_tokens: int,
+    gpus: int = 1,
 ) -> int | None:
     """Return a lower bound of the size of the KV cache per GPU in bytes. The bound is the size of
     the KV cache for one sequence of ``tokens`` tokens, plus the block that vLLM keeps empty. Return
     None if a layer stores other state than its own keys and values.
 
-    ``text`` contains the settings of the language model in config.json. ``gpus`` is the number of
-    GPUs over which the model is split. Each GPU stores its part of the KV heads, at least one head.
-    If one layer has a sliding window, that window is assumed for all layers, so the bound may be
-    too low. ``sizing.kv_bytes`` computes the exact size for every model type.
+    ``text_config`` contains the settings of the language model in config.json. ``gpus`` is the
+    number of GPUs over which the model is split. Each GPU stores its part of the KV heads, at least
+    one head. The bound assumes that all layers have the sliding window if one layer has it. So the
+    exact size may be much larger. ``sizing.kv_bytes`` computes the exact size for every model type.
     """
-    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    counts = (layers, text.get("num_key_value_heads", heads), head_dim(text))
+    layers, heads = text_config.get("num_hidden_layers"), text_config.get("num_attention_heads")
+    counts = (layers, text_config.get("num_key_value_heads", heads), head_dim(text_config))
     if not all(type(count) is int and count > 0 for count in counts):
         return None
-    layer_types = text.get("layer_types") or ()
+    layer_types = text_config.get("layer_types") or ()
     if (
         set(layer_types) - ATTENTION_LAYERS
-        or text.get("num_kv_shared_layers")
-        or _has_other_caches(text)
+        or text_config.get("num_kv_shared_layers")
+        or _has_other_caches(text_config)
     ):
         return None
-    window = text.get("sliding_window")
+    window = text_config.get("sliding_window")
     cached_tokens = min(tokens, window) if type(window) is int and window > 0 else tokens
     blocks = -(-cached_tokens // block_tokens) + 1
     layers, kv_heads, size = (count for count in counts if count is not None)
@@ -227,10 +232,10 @@ def min_cache_bytes(
     return elements_per_token * element_bytes * block_tokens * blocks
 
 
-def _has_other_caches(text: Mapping[str, Any]) -> bool:
-    """Whether a key in ``text``, the settings of the language model, shows that the formula of
-    ``min_cache_bytes`` does not apply. Such a key means one of three things: layers store other
+def _has_other_caches(text_config: Mapping[str, Any]) -> bool:
+    """Whether a key in ``text_config``, the settings of the language model, shows that the formula
+    of ``min_cache_bytes`` does not apply. Such a key means one of three things: layers store other
     state (Mamba, linear attention), layers share a cache, or the number of KV heads has another
     name.
     """
-    return any(name.startswith(OTHER_CACHE_PREFIXES) for name in text)
+    return any(name.startswith(OTHER_CACHE_PREFIXES) for name in text_config)

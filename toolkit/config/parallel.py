@@ -58,12 +58,12 @@ def shape_problem(config: Mapping[str, Any], size: int) -> str | None:
     """Return the reason why a model cannot be split over ``size`` GPUs; None if it can. ``config``
     is the content of the model's config.json.
     """
-    text = get_text_config(config)
-    heads = _positive_integer(text, "num_attention_heads")
-    kv_heads = _positive_integer(text, "num_key_value_heads") or heads
+    text_config = get_text_config(config)
+    heads = _positive_integer(text_config, "num_attention_heads")
+    kv_heads = _positive_integer(text_config, "num_key_value_heads") or heads
     intermediate_size, vocabulary = (
-        _positive_integer(text, "intermediate_size"),
-        _positive_integer(text, "vocab_size"),
+        _positive_integer(text_config, "intermediate_size"),
+        _positive_integer(text_config, "vocab_size"),
     )
     if heads is not None and heads % size:
         return f"{size} does not divide the model's {heads} attention heads"
@@ -87,9 +87,9 @@ def model_problem(config: Mapping[str, Any]) -> str | None:
     """Return the reason why a model cannot be split over any number of GPUs; None if it can.
     ``config`` is the content of the model's config.json.
     """
-    text = get_text_config(config)
-    model_type = str(text.get("model_type") or config.get("model_type") or "")
-    if has_experts(dict(text)):
+    text_config = get_text_config(config)
+    model_type = str(text_config.get("model_type") or config.get("model_type") or "")
+    if has_experts(dict(text_config)):
         return "the trainer cannot split a mixture of experts in the way in which vLLM splits it"
     if model_type not in SPLIT_MODELS:
         supported = ", ".join(sorted(SPLIT_MODELS))
@@ -111,6 +111,6 @@ def possible_sizes(config: Mapping[str, Any] | None, world_size: int) -> list[in
     return [number for number in divisors if number == 1 or shape_problem(config, number) is None]
 
 
-def _positive_integer(text: Mapping[str, Any], name: str) -> int | None:
-    value = text.get(name)
+def _positive_integer(text_config: Mapping[str, Any], name: str) -> int | None:
+    value = text_config.get(name)
     return value if type(value) is int and value > 0 else None

@@ -387,11 +387,12 @@ def untied_head_problem(config: Mapping[str, Any]) -> Problem | None:
     return Problem("model.model_name", message, fixes=(("runtime.engine", "transformers"),))
 
 
-def head_dim(text: Mapping[str, Any]) -> int | None:
+def head_dim(text_config: Mapping[str, Any]) -> int | None:
     """Return the size of an attention head; None if it is unknown or the attention is latent."""
-    if text.get("kv_lora_rank"):
+    if text_config.get("kv_lora_rank"):
         return None
-    size, hidden, heads = (text.get(k) for k in ("head_dim", "hidden_size", "num_attention_heads"))
+    size, hidden = text_config.get("head_dim"), text_config.get("hidden_size")
+    heads = text_config.get("num_attention_heads")
     if type(size) is int:
         return size
     if type(hidden) is not int or type(heads) is not int or heads <= 0:

@@ -31,8 +31,8 @@ class UnreadableText(StopReading):
 
 def read_source(path: str | Path, *, real_path: Path | None = None) -> Source:
     """Return the text of the run file at ``path`` (``-`` is standard input). If ``real_path`` is
-    given, the file at ``real_path`` is read instead, but findings show ``path``. Raises Unreadable
-    if the text cannot be read.
+    given, the file at ``real_path`` is read instead, but findings show ``path``. Raises
+    UnreadableText if the text cannot be read.
     """
     if str(path) == STDIN:
         source = Source("<stdin>", "", Path.cwd(), None, "stdin")
@@ -86,8 +86,8 @@ def _read_file(source: Source, file: Path) -> bytes:
 
 
 def _read_descriptor(source: Source, descriptor: int, wait_s: float | None) -> bytes:
-    """Return all bytes up to the end of the file or pipe ``descriptor``. Raises Unreadable if there
-    are more than MAX_BYTES bytes, or if the writer of a pipe does not close the pipe within
+    """Return all bytes up to the end of the file or pipe ``descriptor``. Raises UnreadableText if
+    there are more than MAX_BYTES bytes, or if the writer of a pipe does not close the pipe within
     ``wait_s`` seconds (None: no limit).
     """
     chunks: list[bytes] = []

@@ -149,8 +149,8 @@ class _NodeBuilder:
         return node
 
     def resolve_scalar(self, node: Node, text: str) -> None:
-        """Set the value of ``make_node``, which is a plain scalar with the text ``text``. If YAML
-        1.1 would read another value, add a warning to the node.
+        """Set the value of ``node``, which is a plain scalar with the text ``text``. If YAML 1.1
+        would read another value, add a warning to ``node``.
         """
         node.value = value = TOO_LARGE_INT if is_long_integer(text) else read_core(text)
         if beyond_64_bits(value):

@@ -6,11 +6,11 @@ and the next N ranks are the second group. A group is vLLM's tensor-parallel gro
 uses it too.
 
 accelerate, TRL and DistributedDataParallel treat torch.distributed's default group as the whole
-run. So while a mesh is open, another group is the default group. It has the ranks with the same
-part of the model, one rank of each replica. These ranks train data-parallel.
+run. So while a mesh is open, the default group of a process is its data-parallel group. This group
+has one rank of each replica: the ranks that have the same part of the model.
 
-vLLM creates its groups from the default group, so ``join_default_group`` must run before an engine
-starts.
+vLLM creates its groups from the default group of all processes. So ``create_default_group`` must
+run before an engine starts.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ of ``ddp_timeout`` in transformers.
 """
 
 
-def join_default_group(timeout_s: float | None = None, store: Store | None = None) -> None:
+def create_default_group(timeout_s: float | None = None, store: Store | None = None) -> None:
     """Create the default group of all processes of the run. It uses NCCL if there is a GPU, else
     gloo.
 
@@ -227,7 +227,7 @@ def gather_from_all(value: object) -> list[Any]:
     """
     if world_size() == 1:
         return [value]
-    join_default_group()
+    create_default_group()
     group = distributed.new_group(backend="gloo")
     values: list[Any] = [None] * world_size()
     distributed.all_gather_object(values, value, group=group)

@@ -31,7 +31,7 @@ from toolkit.engine import cpu_experts, sleep, weight_loader
 from toolkit.engine.engine import Engine
 from toolkit.engine.group_checks import check_groups
 from toolkit.engine.lora_tables import use_table
-from toolkit.engine.mesh import gather_from_all, join_default_group, open_mesh
+from toolkit.engine.mesh import create_default_group, gather_from_all, open_mesh
 from toolkit.engine.vllm_errors import to_toolkit_error
 from toolkit.engine.vllm_internals import device_type
 
@@ -69,7 +69,7 @@ def start_engine(options: EngineOptions) -> Engine:
         cpu_experts.register()
         add_cpu_arguments(arguments)
     if world_size() > 1:  # torchrun: one engine per rank
-        join_default_group()
+        create_default_group()
         arguments.setdefault("distributed_executor_backend", "external_launcher")
     owns_process_group = not torch.distributed.is_initialized()
     rng_state = torch.get_rng_state()

@@ -2,8 +2,8 @@
 which is a function.
 
 A query gets the pynvml module and a device handle. It returns plain values that JSON can represent.
-A query does not catch NVMLError, because its caller ``nvml.ask`` records the error. Units are those
-of NVML: bytes (never MiB), mW, MHz, degrees Celsius.
+A query does not catch NVMLError, because its caller ``nvml.run_query`` records the error. Units are
+those of NVML: bytes (never MiB), mW, MHz, degrees Celsius.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ def replace_by_linear_4bit(model: nn.Module, path: str, tensor: torch.Tensor, ro
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
-        UnsupportedError: the layer is not a plain linear layer, the rows begin or end inside a
-            4-bit weight, or ``join_quant_states`` cannot join the quantization states of these
-            rows.
+        UnsupportedError: the layer is not a plain linear layer, the rows begin or end inside one of
+            the 4-bit parts of the fused layer, or ``join_quant_states`` cannot join the
+            quantization states of these parts.
     """
     old = model.get_submodule(path)
     if type(old) is not torch.nn.Linear:

@@ -25,7 +25,7 @@ from toolkit.policy.weight_names import (
     SHARE_WEIGHTS_KEY,
     EngineTensors,
     expected_checkpoint_names,
-    plan_views,
+    plan_slices,
 )
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def bind_parameters(model: PreTrainedModel, live: LiveWeights, engine: Engine) -
         padded_names=live.padded_names,
         rewritten_names=live.rewritten_names,
     )
-    plan = plan_views(
+    plan = plan_slices(
         shapes, tied_names(model), sources, lambda name: engine_name(engine.module, name)
     )
     view_by_slice: dict[Slice, nn.Parameter] = {}

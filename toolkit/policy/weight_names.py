@@ -62,17 +62,17 @@ class EngineTensors:
     rewritten_names: frozenset[str] = frozenset()
 
 
-def plan_views(
+def plan_slices(
     parameter_shapes: Mapping[str, Shape],
     tied: Iterable[frozenset[str]],
     tensors: EngineTensors,
     rename: Rename,
 ) -> dict[str, Slice]:
-    """Find a slice for every Hugging Face parameter of ``parameter_shapes`` (name -> shape).
+    """Return, for every Hugging Face parameter, the slice of an engine tensor that has its values.
 
     Args:
-        parameter_shapes: the Hugging Face parameters. Tied parameters are listed under each of
-            their names.
+        parameter_shapes: the Hugging Face parameters (name -> shape). Tied parameters are listed
+            under each of their names.
         tied: groups of names that belong to the same parameter.
         tensors: the engine's tensors.
         rename: converts a Hugging Face name to an engine name. Parts of fused layers keep their

@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from toolkit.base.errors import RetryError, StoppedError, ToolkitError
 from toolkit.base.process_environment import rank, world_size
-from toolkit.engine.mesh import COLLECTIVE_TIMEOUT_S, join_default_group
+from toolkit.engine.mesh import COLLECTIVE_TIMEOUT_S, create_default_group
 from toolkit.engine.oom_agreement import PeerOutOfMemoryError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def join(timeout_s: float | None = None) -> Peers | None:
     timeout = timedelta(seconds=timeout_s or COLLECTIVE_TIMEOUT_S)
     try:
         store, own_rank, size = next(rendezvous("env://", timeout=timeout))
-        join_default_group(timeout_s, PrefixStore("group", store))
+        create_default_group(timeout_s, PrefixStore("group", store))
     except (RuntimeError, ValueError) as error:
         raise RetryError(
             (

@@ -24,35 +24,37 @@ from toolkit.config.importers.translate import translate
 from toolkit.config.importers.write import table_markdown
 from toolkit.config.key_moves import key_schema
 
-ALL_ROWS = [(form, row) for form in TABLE_MODULES for row in load_table(form).rows]
+ALL_ROWS = [
+    (format_name, row) for format_name in TABLE_MODULES for row in load_table(format_name).rows
+]
 
 
 def ids(value: Any) -> str:
     return value.foreign_key if isinstance(value, Row) else str(value)
 
 
-@pytest.mark.parametrize("form", TABLE_MODULES)
-def test_every_row_names_a_key_of_a_run_file_or_says_why_not(form: str) -> None:
-    for row in load_table(form).rows:
+@pytest.mark.parametrize("format_name", TABLE_MODULES)
+def test_every_row_names_a_key_of_a_run_file_or_says_why_not(format_name: str) -> None:
+    for row in load_table(format_name).rows:
         assert row.kind in KINDS
         if row.run_key is None:
             assert row.why, row
         elif row.run_key != "lora":
             parts = row.run_key.split(".")
             assert key_schema(tuple(parts[:2])) is not None, row
-    for default in load_table(form).defaults:
+    for default in load_table(format_name).defaults:
         assert key_schema(tuple(default.run_key.split("."))) is not None, default
 
 
-@pytest.mark.parametrize("form", TABLE_MODULES)
-def test_each_row_converts_its_key_as_it_says(form: str) -> None:
+@pytest.mark.parametrize("format_name", TABLE_MODULES)
+def test_each_row_converts_its_key_as_it_says(format_name: str) -> None:
     """A config with only the key of one row is translated as the row says."""
-    for row in load_table(form).rows:
-        if row.trl or row.foreign_key.endswith("*"):
+    for row in load_table(format_name).rows:
+        if row.migrated_key or row.foreign_key.endswith("*"):
             continue
-        foreign = ForeignConfig(form)
+        foreign = ForeignConfig(format_name)
         foreign.add(row.foreign_key, _probe(row), "line 1")
-        made = translate(foreign, load_table(form))
+        made = translate(foreign, load_table(format_name))
         assert [one.text for one in made.unread if "not a known key" in one.why] == [], row
         if row.kind == LEFT_OUT:
             assert [one.key for one in made.left_out] == [row.foreign_key], row
@@ -69,13 +71,13 @@ def _probe(row: Row) -> Any:
     return {"never": "so"} if row.refused else 3
 
 
-@pytest.mark.parametrize("form", TABLE_MODULES)
-def test_the_markdown_table_has_every_key(form: str) -> None:
-    text = table_markdown(form)
+@pytest.mark.parametrize("format_name", TABLE_MODULES)
+def test_the_markdown_table_has_every_key(format_name: str) -> None:
+    text = table_markdown(format_name)
     lines = text.splitlines()
     assert lines[2] == "| key of the other tool | key of the run file | what happens | why |"
-    assert len(lines) == 4 + len(load_table(form).rows)
-    for row, line in zip(load_table(form).rows, lines[4:], strict=True):
+    assert len(lines) == 4 + len(load_table(format_name).rows)
+    for row, line in zip(load_table(format_name).rows, lines[4:], strict=True):
         assert f"`{row.foreign_key}`" in line
         assert f"| {row.kind} |" in line
 

@@ -40,8 +40,8 @@ _TRACKER = "a run always writes metrics.jsonl and a report; to use a tracker, se
 
 
 def _steps(value: object) -> Any:
-    """Return axolotl's number of steps. Raises Unfit for a value below 1, because such a value is a
-    fraction of an epoch in axolotl.
+    """Return axolotl's number of steps. Raises UnsupportedValue for a value below 1, because such a
+    value is a fraction of an epoch in axolotl.
     """
     if isinstance(value, float) and 0 < value < 1:
         raise UnsupportedValue(
@@ -225,7 +225,7 @@ _TRL_OWN = (
 _NAMED = {row.foreign_key for row in _TRL_OWN}
 
 TABLE = Table(
-    form="axolotl",
+    format_name="axolotl",
     title="axolotl",
     rows=(*_TOP, *_TRL_OWN, *(row for row in trl_rows("trl.") if row.foreign_key not in _NAMED)),
     finish=_finish,

@@ -14,8 +14,8 @@ NO_ADAPTER = "a run trains a LoRA adapter (section lora) unless model.full_finet
 
 def convert_dtype(value: object) -> str | None:
     """Return the name of a torch dtype, such as "bfloat16". Return None if ``value`` means that the
-    dtype of the checkpoint or of the GPU is used. Raises Unfit for a dtype that a run file cannot
-    set.
+    dtype of the checkpoint or of the GPU is used. Raises UnsupportedValue for a dtype that a run
+    file cannot set.
     """
     if value in (None, "auto", ""):
         return None
@@ -66,7 +66,7 @@ def convert_targets(value: object) -> Any:
 
 def function_path(name: str) -> str:
     """Return the dotted name ``package.module.function`` in the form ``package.module:function``.
-    Raises Unfit if ``name`` is not a dotted name.
+    Raises UnsupportedValue if ``name`` is not a dotted name.
     """
     module, _, last = name.rpartition(".")
     if not module or not all(part.isidentifier() for part in name.split(".")):
@@ -76,7 +76,8 @@ def function_path(name: str) -> str:
 
 def function_in_file(path: Any, name: Any) -> str:
     """Return the name of a function in a Python file in the form ``module:function``. The module is
-    the file's name without its folder and ``.py``. Raises Unfit if this is not a valid module name.
+    the file's name without its folder and ``.py``. Raises UnsupportedValue if this is not a valid
+    module name.
     """
     stem = str(path).replace("\\", "/").rpartition("/")[2].removesuffix(".py")
     if not stem.isidentifier():

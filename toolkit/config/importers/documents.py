@@ -17,7 +17,7 @@ def from_document(document: Document, table: Table) -> ForeignConfig:
     file. YAML tags, merge keys and duplicate keys are not accepted by the parser, and are recorded
     as parts that could not be read.
     """
-    foreign = ForeignConfig(table.form)
+    foreign = ForeignConfig(table.format_name)
     for finding in document.findings:
         position = finding.position
         location = f"line {position.line}" if position else "the file"

@@ -38,11 +38,11 @@ class UnreadPart:
 
 @dataclass(slots=True)
 class ForeignConfig:
-    """The settings of a file of another tool. ``form`` is the name of the file's format, a key of
-    ``formats.TABLE_MODULES``.
+    """The settings of a file of another tool. ``format_name`` is the name of the file's format, a
+    key of ``formats.TABLE_MODULES``.
     """
 
-    form: str
+    format_name: str
     entries: list[Entry] = field(default_factory=list)
     unread: list[UnreadPart] = field(default_factory=list)
 

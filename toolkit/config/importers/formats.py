@@ -54,11 +54,11 @@ _HYDRA_OVERRIDE = re.compile(r"(\+{0,2})(~?)([A-Za-z_]\w*(?:\.\w+)+)=(.*)", re.D
 
 
 @cache
-def load_table(form: str) -> Table:
-    """Return the table of the format ``form``, which defines how the keys of the format are
+def load_table(format_name: str) -> Table:
+    """Return the table of the format ``format_name``, which defines how the keys of the format are
     converted.
     """
-    loaded: Table = import_module(f"toolkit.config.importers.{TABLE_MODULES[form]}").TABLE
+    loaded: Table = import_module(f"toolkit.config.importers.{TABLE_MODULES[format_name]}").TABLE
     return loaded
 
 
@@ -95,8 +95,9 @@ def foreign_config_finding(document: Document) -> Finding | None:
     match = guess_format(document)
     if match is None:
         return None
-    form, signs = match
-    message = f"this looks like {TITLES[form]} ({', '.join(signs)}), not a run file of this toolkit"
+    format_name, signs = match
+    title = TITLES[format_name]
+    message = f"this looks like {title} ({', '.join(signs)}), not a run file of this toolkit"
     first = document.root.value.get(signs[0]) if isinstance(document.root.value, dict) else None
     position = None if first is None else first.key_position
     name = document.source.name if document.source.path else "FILE"
@@ -105,11 +106,14 @@ def foreign_config_finding(document: Document) -> Finding | None:
 
 
 def _guess_by_keys(root: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
-    for key, form in _IDENTIFYING_KEYS.items():
+    for key, format_name in _IDENTIFYING_KEYS.items():
         if key in root:
-            matching_keys = [one for one in _TYPICAL_KEYS[form] if one in root]
-            return form, tuple(dict.fromkeys((key, *matching_keys)))[:4]
-    best = max(_TYPICAL_KEYS, key=lambda form: sum(one in root for one in _TYPICAL_KEYS[form]))
+            matching_keys = [one for one in _TYPICAL_KEYS[format_name] if one in root]
+            return format_name, tuple(dict.fromkeys((key, *matching_keys)))[:4]
+    best = max(
+        _TYPICAL_KEYS,
+        key=lambda format_name: sum(one in root for one in _TYPICAL_KEYS[format_name]),
+    )
     matching_keys = [one for one in _TYPICAL_KEYS[best] if one in root]
     needed_count = 3 if best in ("prime-rl", "trl") else 2
     run_file_sections = {"lora", "dataset", "reward", "grpo", "runtime"} & set(root)
@@ -128,9 +132,9 @@ def _guess_by_text(source: Source) -> tuple[str, tuple[str, ...]] | None:
     for word in ("GRPOConfig", "GRPOTrainer", "FastLanguageModel"):
         if word in text and suffix in (".py", ".ipynb"):
             return "script", (word,)
-    for sign, form in _COMMAND_PATTERNS.items():
+    for sign, format_name in _COMMAND_PATTERNS.items():
         if re.search(sign, text):
-            return form, (re.search(sign, text)[0],)  # type: ignore[index]  # it was found above
+            return format_name, (re.search(sign, text)[0],)  # type: ignore[index]  # it was found above
     return None
 
 
@@ -143,10 +147,10 @@ _COMMAND_PATTERNS = {
 }
 
 
-def read_foreign_config(name: str, form: str | None = None) -> ForeignConfig:
-    """Return the settings in the file ``name``. ``form`` is the name of the file's format; None
-    means that the format is guessed. Raises InputError if the file cannot be read or its format is
-    unknown.
+def read_foreign_config(name: str, format_name: str | None = None) -> ForeignConfig:
+    """Return the settings in the file ``name``. ``format_name`` is the name of the file's format;
+    None means that the format is guessed. Raises InputError if the file cannot be read or its
+    format is unknown.
     """
     from toolkit.config.document_loader import parse_source  # noqa: PLC0415 - config.document_loader is above this package
     from toolkit.config.text_reader import UnreadableText, read_source  # noqa: PLC0415
@@ -161,17 +165,17 @@ def read_foreign_config(name: str, form: str | None = None) -> ForeignConfig:
     if suffix == ".py":
         return _read_script_source(source)
     if suffix in SCRIPT_SUFFIXES:
-        return _read_first_command(source, form)
+        return _read_first_command(source, format_name)
     document = parse_source(source)
-    guessed_form = form or (guess_format(document) or (None,))[0]
-    if guessed_form is None:
+    guessed_format = format_name or (guess_format(document) or (None,))[0]
+    if guessed_format is None:
         return _read_first_command(source, None)
     if not document.root.value:
         message = document.findings[0].message if document.findings else "the file is empty"
         raise InputError(f"cannot be read: {message}", where=name)
-    if guessed_form == "script":
+    if guessed_format == "script":
         return _read_notebook_file(name) if name != "-" else _read_script_source(source)
-    return from_document(document, load_table(guessed_form))
+    return from_document(document, load_table(guessed_format))
 
 
 def _read_notebook_file(name: str) -> ForeignConfig:
@@ -200,17 +204,17 @@ def _require_settings(foreign: ForeignConfig, name: str) -> ForeignConfig:
     return foreign
 
 
-def _read_first_command(source: Source, form: str | None) -> ForeignConfig:
+def _read_first_command(source: Source, format_name: str | None) -> ForeignConfig:
     """Return the settings of the first training command in a shell script."""
     for words in split_commands(source.text):
         line = " ".join(word.text for word in words[:8])
-        command_form = form or next(
+        command_format = format_name or next(
             (kind for sign, kind in _COMMAND_PATTERNS.items() if re.search(sign, line)), None
         )
-        if command_form is None or (form is None and not _has_settings(words)):
+        if command_format is None or (format_name is None and not _has_settings(words)):
             continue
-        foreign = ForeignConfig(command_form)
-        _add_overrides(foreign, words) if command_form == "verl" else _add_flags(foreign, words)
+        foreign = ForeignConfig(command_format)
+        _add_overrides(foreign, words) if command_format == "verl" else _add_flags(foreign, words)
         return _require_settings(foreign, source.name)
     raise unknown_format_error(source.name)
 

@@ -35,8 +35,8 @@ class ConvertedLater(Exception):
 
 
 def later(_value: Any) -> Any:
-    """Raise Later. A row has this function as its ``convert`` if its key cannot be converted alone.
-    The function ``finish`` of the table then converts the key.
+    """Raise ConvertedLater. A row has this function as its ``convert`` if its key cannot be
+    converted alone. The function ``finish`` of the table then converts the key.
     """
     raise ConvertedLater
 
@@ -48,10 +48,11 @@ class Row(NamedTuple):
     key replaces it. If ``run_key`` is None, ``refused`` is True if ``foreign_key`` requests
     something that this toolkit does not support, and False if a run does not need ``foreign_key``.
     ``off`` lists the values of a refused key that turn the unsupported feature off. ``why`` is the
-    reason for the conversion. ``convert`` is the function that converts the value. ``trl`` is the
-    name of the key in config/migration, if that module converts the key. ``computed_reason`` is for
-    a value that a script computes, which is unknown to the importer. It is the reason why the key
-    can be left out in this case.
+    reason for the conversion. ``convert`` is the function that converts the value. ``migrated_key``
+    is the name of the key in config/migration, if that module converts the key.
+
+    If a script computes the value of a key, the importer does not know the value. In this case a
+    row with a ``computed_reason`` leaves the key out, and ``computed_reason`` says why.
     """
 
     foreign_key: str
@@ -60,7 +61,7 @@ class Row(NamedTuple):
     convert: Callable[[Any], Any] | None = None
     refused: bool = False
     off: tuple[Any, ...] = (None, False, 0, "", "none", "no")
-    trl: str | None = None
+    migrated_key: str | None = None
     computed_reason: str = ""
 
     @property
@@ -92,15 +93,15 @@ class Default(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The conversion table of a format. ``form`` is the name of the format, and ``title`` is its
-    name in messages. ``rows`` say how the keys are converted. ``defaults`` are the other tool's
+    """The conversion table of a format. ``format_name`` is the name of the format, and ``title`` is
+    its name in messages. ``rows`` say how the keys are converted. ``defaults`` are the other tool's
     defaults that differ from this toolkit's defaults.
 
     The function ``finish`` is called after all rows were applied. It converts settings that depend
     on several keys, such as batch sizes and lengths.
     """
 
-    form: str
+    format_name: str
     title: str
     rows: tuple[Row, ...]
     defaults: tuple[Default, ...] = ()
@@ -293,7 +294,9 @@ def trl_rows(prefix: str = "") -> Iterator[Row]:
                 moved_key.new_key if moved_key else None
             )
             why = moved_key.sentence if moved_key else refusal.get("why", "")
-            yield Row(foreign_key, run_key if run_key and "." in run_key else None, why, trl=key)
+            yield Row(
+                foreign_key, run_key if run_key and "." in run_key else None, why, migrated_key=key
+            )
 
 
 _NO_PUBLISHING = (
@@ -344,12 +347,12 @@ _SPECIAL_ROWS = {
 
 def convert_trl_setting(row: Row, value: object) -> tuple[str | None, Any]:
     """Return the run file key and the value that replace a setting of TRL. ``row`` is the row of
-    TRL's key. The returned key is None if a run file does not need the setting. Raises Unfit if the
-    user must decide.
+    TRL's key. The returned key is None if a run file does not need the setting. Raises
+    UnsupportedValue if the user must decide.
     """
-    assert row.trl is not None
-    conversion = convert_key(row.trl, value)
-    if conversion is None and row.trl in MOVED_KEYS and row.run_key is None:
+    assert row.migrated_key is not None
+    conversion = convert_key(row.migrated_key, value)
+    if conversion is None and row.migrated_key in MOVED_KEYS and row.run_key is None:
         return None, None  # the key was removed, and the user need not decide anything
     if conversion is None:
         raise UnsupportedValue(row.why or "a run file does not have this key")

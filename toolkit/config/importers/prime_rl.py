@@ -206,7 +206,7 @@ def _rows() -> Iterator[Row]:
 
 
 TABLE = Table(
-    form="prime-rl",
+    format_name="prime-rl",
     title="prime-rl",
     rows=_unique_rows(_rows()),
     defaults=(

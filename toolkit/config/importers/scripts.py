@@ -68,7 +68,7 @@ class _ScriptReader:
         self.names = ConstantNames(tree)
         self.foreign = ForeignConfig("script")
         self.seen_prefixes: set[str] = set()
-        self.has_data_set = False
+        self.has_dataset = False
 
     def read(self) -> None:
         calls = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
@@ -92,7 +92,7 @@ class _ScriptReader:
             self.read_arguments(call, name, name)
         elif name in _CALL_PREFIXES:
             self.read_arguments(call, name, _CALL_PREFIXES[name])
-        elif name in _ROW_CHANGES and isinstance(call.func, ast.Attribute) and self.has_data_set:
+        elif name in _ROW_CHANGES and isinstance(call.func, ast.Attribute) and self.has_dataset:
             why = (
                 "this code changes the rows of the dataset. Write the changed rows to a file, "
                 "or set dataset.prompt to the prompt column of the unchanged rows"
@@ -115,7 +115,7 @@ class _ScriptReader:
             )
             return
         self.seen_prefixes.add(prefix)
-        self.has_data_set |= name == "load_dataset"
+        self.has_dataset |= name == "load_dataset"
         if name in ("get_peft_model", "LoraConfig"):
             self.foreign.add("adapter", True, where)
         for position, value in zip(_POSITIONAL_NAMES.get(name, ()), call.args, strict=False):
@@ -377,5 +377,8 @@ def _all_rows() -> Iterator[Row]:
 
 
 TABLE = Table(
-    form="script", title="a TRL or Unsloth script", rows=_unique_rows(_all_rows()), finish=_finish
+    format_name="script",
+    title="a TRL or Unsloth script",
+    rows=_unique_rows(_all_rows()),
+    finish=_finish,
 )

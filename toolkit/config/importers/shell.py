@@ -165,7 +165,7 @@ def _read_escape(shell: _ShellReader, quote: str) -> str:
 
 def _read_expansion(shell: _ShellReader, sign: str, word: Word) -> str:
     """Return the value of ``$NAME``, ``${NAME}``, ``$(...)`` or backquotes. If the value is not
-    known, record this in ``word.unknown`` and return the text of the expression.
+    known, record this in ``word.unknown_part`` and return the text of the expression.
     """
     if sign == "`":
         return _skip_substitution(shell, word, "`", "`")

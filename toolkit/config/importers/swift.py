@@ -40,7 +40,7 @@ _REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
 _PROMPTS = ("query", "problem", "question", "messages")
 
 
-def _data_set_name(value: object) -> str:
+def _dataset_name(value: object) -> str:
     sets = as_list(value)
     if len(sets) != 1:
         raise UnsupportedValue("a run reads only one dataset: join the datasets into one file")
@@ -148,9 +148,9 @@ _OWN_ROWS = (
     Row("use_rslora", "lora.use_rslora"),
     Row("use_dora", "lora.use_dora"),
     Row("init_weights", "lora.init_lora_weights"),
-    Row("adapters", "lora.adapter_path", convert=_data_set_name),
-    Row("dataset", "dataset.path", convert=_data_set_name),
-    Row("val_dataset", "dataset.eval_path", convert=_data_set_name),
+    Row("adapters", "lora.adapter_path", convert=_dataset_name),
+    Row("dataset", "dataset.path", convert=_dataset_name),
+    Row("val_dataset", "dataset.eval_path", convert=_dataset_name),
     Row("columns", "dataset.prompt", "the prompt column and the answer column that this setting "
                                      "names become dataset.prompt and dataset.answer",
         convert=later),
@@ -221,7 +221,7 @@ _OWN_ROWS = (
 _OWN_KEYS = {row.foreign_key for row in _OWN_ROWS}
 
 TABLE = Table(
-    form="ms-swift",
+    format_name="ms-swift",
     title="ms-swift",
     rows=(*_OWN_ROWS, *(row for row in trl_rows() if row.foreign_key not in _OWN_KEYS)),
     defaults=(

@@ -65,7 +65,7 @@ def _is_secret(value: object) -> bool:
 def _record_computed(translation: Translation, entry: Entry, row: Row, value: Computed) -> None:
     if row.refused:
         translation.refuse(entry, row.why)
-    elif row.computed_reason or (row.run_key is None and not row.trl):
+    elif row.computed_reason or (row.run_key is None and not row.migrated_key):
         translation.leave_out(entry, row.computed_reason or row.why)
     else:
         advice = f"; set {row.run_key} yourself" if row.run_key else ""
@@ -73,7 +73,7 @@ def _record_computed(translation: Translation, entry: Entry, row: Row, value: Co
 
 
 def _apply_row(translation: Translation, entry: Entry, row: Row) -> None:
-    if row.trl:
+    if row.migrated_key:
         run_key, value = convert_trl_setting(row, entry.value)
         if run_key is None:
             translation.leave_out(entry, row.why or "every run works like this")
@@ -95,7 +95,9 @@ def _apply_row(translation: Translation, entry: Entry, row: Row) -> None:
 
 
 def _origin(entry: Entry, row: Row) -> str:
-    return f"{entry.location}: {entry.key}" + (f"; {row.why}" if row.why and not row.trl else "")
+    return f"{entry.location}: {entry.key}" + (
+        f"; {row.why}" if row.why and not row.migrated_key else ""
+    )
 
 
 def _set_eval_batch_size(translation: Translation) -> None:

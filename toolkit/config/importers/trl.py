@@ -121,7 +121,7 @@ SCRIPT_ROWS = (
 _OWN_KEYS = {row.foreign_key for row in (*MODEL_ROWS, *DATA_ROWS, *SCRIPT_ROWS)}
 
 TABLE = Table(
-    form="trl",
+    format_name="trl",
     title="TRL",
     rows=(
         *MODEL_ROWS,

@@ -87,8 +87,8 @@ def _interval(value: object) -> Any:
 
 def _resamples(value: Any) -> int:
     """Return the value of ``grpo.max_resample_times`` for verl's limit. verl's limit includes the
-    first batch, so the result is one less. Raises Unfit for a limit of 0 (in verl: no limit) and
-    for a limit of 1 (verl never samples a batch again).
+    first batch, so the result is one less. Raises UnsupportedValue for a limit of 0 (in verl: no
+    limit) and for a limit of 1 (verl never samples a batch again).
     """
     if not is_positive_integer(value):
         raise UnsupportedValue("a run file needs a limit, and the limit must be a positive number")
@@ -338,7 +338,7 @@ ROWS = (
 )  # fmt: skip
 
 TABLE = Table(
-    form="verl",
+    format_name="verl",
     title="verl",
     rows=ROWS,
     defaults=(

@@ -128,11 +128,11 @@ def _accepted_values(row: Row) -> str:
     return ", ".join(str(one) for one in row.off if one not in usual) if row.refused else ""
 
 
-def table_markdown(form: str) -> str:
+def table_markdown(format_name: str) -> str:
     """Return a Markdown table of the keys of a format. Each line has the key of the other tool, the
     key of the run file, what happens to the key, and why.
     """
-    loaded = load_table(form)
+    loaded = load_table(format_name)
     lines = [
         f"The keys of {loaded.title}, and how `toolkit import` converts them.",
         "",

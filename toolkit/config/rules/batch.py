@@ -32,8 +32,9 @@ def micro_batch_size(run: Run) -> int:
 
 
 def describe_replicas(run: Run) -> str:
-    """A text for a finding: the number of replicas (``Run.replicas``), which train on different
-    rows. If a replica is one process, this is the world size.
+    """A text for a finding: the number of replicas (``Run.replicas``). Each replica trains on other
+    rows. If each replica is one process, the text says "world size" instead of "number of
+    replicas".
     """
     if run.replicas != run.world_size:
         size = run.world_size // run.replicas

@@ -274,7 +274,7 @@ def message_lists_need_chat(run: Run) -> Iterator[RuleViolation]:
     example="dataset:\n  path: null",
     fix="path: train.jsonl",
 )
-def data_set_is_set(run: Run) -> Iterator[RuleViolation]:
+def dataset_is_set(run: Run) -> Iterator[RuleViolation]:
     """dataset.path is set, unless the run has an environment.
 
     The prompts of a run come from the dataset at dataset.path or from an environment.

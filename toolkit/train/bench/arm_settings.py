@@ -48,9 +48,9 @@ class Settings:
     (``ours_batch``), the maximum number of tokens of a forward pass (``ours_tokens``), gradient
     checkpointing (``ours_checkpointing``), whether the KV cache is freed during training
     (``ours_sleep``), and other options of its engine by name (``ours_engine``). If one of these
-    fields is None, ``bench_plan.fill`` chooses its value. If ``ours_batch`` is set, it also limits
-    the rows of a forward pass. ``ours_cards`` is the number of cards over which the toolkit's arm
-    splits the model, with one process per card.
+    fields is None, ``bench_plan.choose_settings`` chooses its value. If ``ours_batch`` is set, it
+    also limits the rows of a forward pass. ``ours_cards`` is the number of cards over which the
+    toolkit's arm splits the model, with one process per card.
     """
 
     model: str

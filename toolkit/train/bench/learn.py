@@ -41,8 +41,8 @@ def learn(
     ``learn.svg``. Return the report. Results in ``folder`` that were measured with the same
     settings are kept.
 
-    As in the speed benchmark, ``bench_plan.fill`` chooses the settings of the toolkit's arm that
-    the user did not set. An optimizer step has the same completions in every arm, and the
+    As in the speed benchmark, ``bench_plan.choose_settings`` chooses the settings of the toolkit's
+    arm that the user did not set. An optimizer step has the same completions in every arm, and the
     micro-batches of the toolkit's arm need no more memory than those of the other arms.
     """
     device = arm_process.find_device()

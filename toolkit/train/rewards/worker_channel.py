@@ -79,7 +79,7 @@ def pack(message: object) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """Return the message in the data of a frame. Raises Broken if the data is invalid."""
+    """Return the message in the data of a frame. Raises ChannelError if the data is invalid."""
     try:
         return json.loads(data, object_hook=_decode_tagged)
     except (ValueError, RecursionError) as error:
@@ -87,8 +87,8 @@ def unpack(data: bytes) -> Any:
 
 
 def receive(fd: int) -> Any:
-    """Read and return the next message from a pipe. None if the pipe was closed. Raises Broken if
-    the message is invalid.
+    """Read and return the next message from a pipe. None if the pipe was closed. Raises
+    ChannelError if the message is invalid.
     """
     header = _read_exactly(fd, HEADER_BYTES)
     if header is None:
@@ -106,7 +106,7 @@ def send(fd: int, frame: bytes, deadline: float | None = None) -> bool:
     """Write a frame to a non-blocking pipe. Return False if ``deadline`` (monotonic) passed before
     the whole frame was written.
 
-    Raises Broken if the other end is closed.
+    Raises ChannelError if the other end is closed.
     """
     unsent = memoryview(frame)
     poll = select.poll()
