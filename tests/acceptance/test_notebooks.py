@@ -302,7 +302,7 @@ def share_of_passed_tests(source: str | None, tests: list[tuple[int, int, int]])
 
 
 @pytest.mark.slow
-def test_code_rewards_as_gpt_oss_writes_kernels(folder: Path, tmp_path: Path) -> None:
+def test_gpt_oss_with_rewards_that_run_generated_code(folder: Path, tmp_path: Path) -> None:
     """gpt-oss 20B: no engine; offload_embedding is refused; one prompt in all rows; the rewards run
     the generated code; a TextStreamer prints a completion after the training.
     """
@@ -350,7 +350,7 @@ def hint(guess: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_game_with_turns_through_rollout_func(folder: Path, tmp_path: Path) -> None:
+def test_a_game_of_several_turns_with_rollout_func(folder: Path, tmp_path: Path) -> None:
     """Wordle as in the environment notebooks: two guesses with a hint between them. The tokens of
     the hint are masked, and the reward is computed from the hint.
     """

@@ -184,7 +184,7 @@ def test_a_node_of_eight_is_checked_in_two_seconds(tmp_path: Path) -> None:
 
 
 def test_checking_writes_nothing(tmp_path: Path) -> None:
-    """The commands write no file to the working folder or to HOME."""
+    """The commands create or change no file in the working folder and in HOME."""
     home = tmp_path / "home"
     home.mkdir()
     case = cases.load("h200-healthy")

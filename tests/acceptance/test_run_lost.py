@@ -233,7 +233,7 @@ def test_an_error_keeps_its_exit_code_without_a_reader(tmp_path):
         assert shown.returncode == 2, streams
 
 
-def stopped(process, run_dir, name):
+def assert_stopped(process, run_dir, name):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     latest = branch.valid_steps(run_dir)[0]
@@ -253,7 +253,7 @@ def test_a_closed_terminal_stops_the_run_with_a_checkpoint(run_file, tmp_path):
     os.close(process.out)
     process.out = None
     process.send_signal(signal.SIGHUP)
-    stopped(process, run_dir, "SIGHUP")
+    assert_stopped(process, run_dir, "SIGHUP")
 
 
 @pytest.mark.slow
@@ -291,19 +291,19 @@ def slow_checkpoint():
     checkpoint.commit = slowly
 
 
-@pytest.mark.parametrize("kind", ["SIGINT", pytest.param("mixed", marks=pytest.mark.slow)])
-def test_200_signals_while_a_checkpoint_is_written(run_file, expected, tmp_path, kind):
+@pytest.mark.parametrize("signals", ["SIGINT", pytest.param("mixed", marks=pytest.mark.slow)])
+def test_200_signals_while_a_checkpoint_is_written(run_file, expected, tmp_path, signals):
     run_dir = tmp_path / "run"
     process = world.Command(run_file, "--output-dir", run_dir, before=slow_checkpoint)
     assert os.read(process.err, 8) == b"writing\n"
     mixed = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
     for number in range(200):
-        process.send_signal(signal.SIGINT if kind == "SIGINT" else mixed[number % 4])
+        process.send_signal(signal.SIGINT if signals == "SIGINT" else mixed[number % 4])
         time.sleep(0.003)
     while process.poll() is None:  # until the process ends
-        process.send_signal(signal.SIGINT if kind == "SIGINT" else signal.SIGTERM)
+        process.send_signal(signal.SIGINT if signals == "SIGINT" else signal.SIGTERM)
         time.sleep(0.01)
-    stopped(process, run_dir, "SIGINT" if kind == "SIGINT" else "SIGTERM")
+    assert_stopped(process, run_dir, "SIGINT" if signals == "SIGINT" else "SIGTERM")
     assert branch.valid_steps(run_dir)[0] == 4
     again = world.fork_run(run_file, tmp_path / "again.txt", f'runtime.output_dir="{run_dir}"')
     assert world.wait_for_exit(again) == 0
@@ -327,7 +327,7 @@ def test_several_ranks_without_a_reader_and_with_many_signals(run_file, tmp_path
         while process.poll() is None:
             process.send_signal(number)
             time.sleep(0.01)
-    stopped(process, run_dir, number.name)
+    assert_stopped(process, run_dir, number.name)
 
 
 @pytest.mark.slow

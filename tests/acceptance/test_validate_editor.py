@@ -166,7 +166,7 @@ def editor(server_folder: Path, tmp_path: Path) -> Iterator[tuple[Client, dict[s
         client.close()
 
 
-def place(document: dict[str, str], at: tuple[int, int]) -> dict[str, Any]:
+def position_params(document: dict[str, str], at: tuple[int, int]) -> dict[str, Any]:
     """The parameters of a request about a position."""
     return {"textDocument": document, "position": {"line": at[0], "character": at[1]}}
 
@@ -187,11 +187,11 @@ def test_an_editor_completes_explains_and_marks_errors(
     by_line = {one["range"]["start"]["line"]: one["message"] for one in diagnostics}
     assert "loss_tpye is not allowed" in by_line[5]
     assert "number" in by_line[6]
-    hover = client.ask("textDocument/hover", place(document, ON_KEY))
+    hover = client.ask("textDocument/hover", position_params(document, ON_KEY))
     assert "Number of generations per prompt to sample" in json.dumps(hover["contents"])
-    values = labels(client.ask("textDocument/completion", place(document, AT_VALUE)))
+    values = labels(client.ask("textDocument/completion", position_params(document, AT_VALUE)))
     assert {"dapo", "grpo", "vespo"} <= set(values)
-    keys = labels(client.ask("textDocument/completion", place(document, NEW_KEY)))
+    keys = labels(client.ask("textDocument/completion", position_params(document, NEW_KEY)))
     assert {"max_completion_length", "vllm_importance_sampling_mode", "max_prompt_length"} <= set(
         keys
     )

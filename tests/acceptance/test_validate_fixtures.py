@@ -168,7 +168,7 @@ FIXABLE = {
 }  # fmt: skip
 
 
-def test_the_installed_command_finds_the_same(tmp_path: Path) -> None:
+def test_a_folder_has_the_same_findings_as_its_files(tmp_path: Path) -> None:
     """One process that validates the whole folder gives the same findings as file by file."""
     folder = tmp_path / "invalid"
     shutil.copytree(FIXTURES / "parts", tmp_path / "parts")

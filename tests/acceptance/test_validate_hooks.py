@@ -1,4 +1,4 @@
-"""The pre-commit hooks, and the modeline for yaml-language-server in every example."""
+"""The pre-commit hooks, and the modeline for yaml-language-server in every valid fixture."""
 
 from __future__ import annotations
 

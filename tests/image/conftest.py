@@ -8,7 +8,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from image_store import CONTAINERS, NEEDED, WORK, Store, still_copy
+from image_store import CONTAINERS, NEEDED, WORK, Store, copy_working_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,7 @@ def pinned() -> str:
 
 @pytest.fixture(scope="session")
 def tree() -> Iterator[Path]:
-    folder = still_copy(WORK / "test-tree")
+    folder = copy_working_tree(WORK / "test-tree")
     yield folder
     shutil.rmtree(folder)
 

@@ -26,7 +26,7 @@ USERS = ("0:0", "1000:1000", "4242:0", "54321:54321")
 NEEDED = ("buildah", "podman", "skopeo", "runc", "mmdebstrap")
 
 
-def still_copy(folder: Path) -> Path:
+def copy_working_tree(folder: Path) -> Path:
     """Copy the current working tree with its git history. Two builds from the copy are equal, even
     if the working tree is edited or committed during the tests.
     """
@@ -157,7 +157,7 @@ class Store:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def our_layers(store: Store, image: str) -> Iterator[tarfile.TarFile]:
+def build_layers(store: Store, image: str) -> Iterator[tarfile.TarFile]:
     """Each layer that the build made, without the layers of the base image."""
     folder = WORK / "layout"
     shutil.rmtree(folder, ignore_errors=True)
@@ -177,7 +177,7 @@ def our_layers(store: Store, image: str) -> Iterator[tarfile.TarFile]:
         shutil.rmtree(folder)
 
 
-def assert_nothing_of_the_build(store: Store, image: str) -> None:
+def assert_no_build_traces(store: Store, image: str) -> None:
     """No layer and no setting of the image contains a secret, a host name or a folder of the
     machine that built it.
     """
@@ -186,7 +186,7 @@ def assert_nothing_of_the_build(store: Store, image: str) -> None:
     if certificate:
         secrets["the certificate"] = Path(certificate).read_bytes()[-400:]
     names = []
-    for archive in our_layers(store, image):
+    for archive in build_layers(store, image):
         for member in archive:
             names.append(member.name)
             content = archive.extractfile(member) if member.isfile() else None

@@ -10,7 +10,7 @@ import subprocess
 import time
 
 import pytest
-from image_store import REPO, USERS, Store, assert_nothing_of_the_build, our_layers
+from image_store import REPO, USERS, Store, assert_no_build_traces, build_layers
 
 pytestmark = pytest.mark.image
 MIB = 1 << 20
@@ -49,7 +49,7 @@ def test_the_default_user_is_not_root(store: Store, envcheck_image: str) -> None
 def test_the_image_adds_less_than_200_mb_to_its_base(store: Store, envcheck_image: str) -> None:
     layers = store.inspect(envcheck_image)["OCIv1"]["rootfs"]["diff_ids"]
     added = 0
-    for archive in our_layers(store, envcheck_image):
+    for archive in build_layers(store, envcheck_image):
         added += sum(member.size for member in archive)
     assert len(layers) > 1
     assert added < 200 * MIB, f"{added / MIB:.0f} MiB"
@@ -57,7 +57,7 @@ def test_the_image_adds_less_than_200_mb_to_its_base(store: Store, envcheck_imag
 
 
 def test_no_layer_contains_build_files(store: Store, envcheck_image: str) -> None:
-    assert_nothing_of_the_build(store, envcheck_image)
+    assert_no_build_traces(store, envcheck_image)
 
 
 def test_the_image_has_no_pip(store: Store, envcheck_image: str) -> None:

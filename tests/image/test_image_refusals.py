@@ -179,7 +179,7 @@ int nvmlDeviceGetCudaComputeCapability(void *d, int *a, int *b) { *a = 8; *b = 6
 """
 
 
-def with_driver(folder: Path, driver: str, cuda: int, cards: int) -> tuple[str, ...]:
+def fake_driver_options(folder: Path, driver: str, cuda: int, cards: int) -> tuple[str, ...]:
     """Options that mount a fake libnvidia-ml into the container, as the NVIDIA runtime does."""
     (folder / "nvml.c").write_text(DRIVER)
     library = folder / "libnvidia-ml.so.1"
@@ -192,7 +192,7 @@ def with_driver(folder: Path, driver: str, cuda: int, cards: int) -> tuple[str, 
 def test_a_driver_that_is_too_old_is_reported(
     store: Store, envcheck_image: str, tmp_path: Path
 ) -> None:
-    driver = with_driver(tmp_path, "470.57.02", 11040, 1)
+    driver = fake_driver_options(tmp_path, "470.57.02", 11040, 1)
     result = store.run(
         envcheck_image,
         *("1000:1000", "envcheck", "check", "--require", "driver>=580"),
@@ -222,7 +222,7 @@ def test_64_mb_of_shared_memory_are_reported(
     (tmp_path / "train.jsonl").write_text("".join(rows))
     options = (
         *("--tmpfs", "/cache:rw,mode=1777", "--volume", f"{tmp_path}:/work:ro"),
-        *with_driver(tmp_path, "580.65.06", 13000, 2),
+        *fake_driver_options(tmp_path, "580.65.06", 13000, 2),
     )
     check = ("envcheck", "check", "--config", "/work/run.yaml", "--only", "host.shm")
     two_ranks = ("--env", "WORLD_SIZE=2", "--env", "LOCAL_WORLD_SIZE=2")

@@ -74,7 +74,7 @@ def world() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def contained(world: Path, sif: Path, *arguments: str) -> tuple[str, ...]:
+def contained_run_arguments(world: Path, sif: Path, *arguments: str) -> tuple[str, ...]:
     """The arguments of `apptainer run` in which ``world`` is the only folder of the host."""
     return (
         *("run", "--contain", "--no-home", "--bind", f"{world}:/work", "--pwd", "/work"),
@@ -83,19 +83,19 @@ def contained(world: Path, sif: Path, *arguments: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def answers(sif: Path, world: Path) -> tuple[subprocess.CompletedProcess[str], ...]:
+def demo_results(sif: Path, world: Path) -> tuple[subprocess.CompletedProcess[str], ...]:
     """The results of `apptainer test` and of the demo. Both run a whole demo on one thread, so they
     run in parallel.
     """
     script = "touch /opt/toolkit/x 2>&1; toolkit demo --out /work/demo"
-    asked = (("test", str(sif)), contained(world, sif, "sh", "-c", script))
+    asked = (("test", str(sif)), contained_run_arguments(world, sif, "sh", "-c", script))
     with ThreadPoolExecutor(2) as pool:
         return tuple(pool.map(lambda arguments: apptainer(*arguments), asked))
 
 
-def test_apptainer_test_passes(answers: tuple[subprocess.CompletedProcess[str], ...]) -> None:
+def test_apptainer_test_passes(demo_results: tuple[subprocess.CompletedProcess[str], ...]) -> None:
     """The section %test starts envcheck, reads the manifest, runs the pre-flight and the demo."""
-    result = answers[0]
+    result = demo_results[0]
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "image train-cpu" in result.stdout
     assert "pre-flight: exit code 0" in result.stdout
@@ -103,9 +103,9 @@ def test_apptainer_test_passes(answers: tuple[subprocess.CompletedProcess[str], 
 
 
 def test_an_ordinary_user_runs_the_demo_in_a_read_only_container(
-    answers: tuple[subprocess.CompletedProcess[str], ...], world: Path
+    demo_results: tuple[subprocess.CompletedProcess[str], ...], world: Path
 ) -> None:
-    result = answers[1]
+    result = demo_results[1]
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "Read-only file system" in result.stdout
     assert "exact match 0." in result.stdout
@@ -114,11 +114,11 @@ def test_an_ordinary_user_runs_the_demo_in_a_read_only_container(
 
 
 def test_sigterm_to_the_sif_writes_a_checkpoint_and_exits_with_75(
-    answers: tuple[subprocess.CompletedProcess[str], ...], sif: Path, world: Path
+    demo_results: tuple[subprocess.CompletedProcess[str], ...], sif: Path, world: Path
 ) -> None:
-    assert answers[1].returncode == 0
+    assert demo_results[1].returncode == 0
     train = ("toolkit", "train", "/work/demo/run.yaml", "--max-steps", "5000")
-    run = contained(world, sif, *train, "--output-dir", "/work/stopped")
+    run = contained_run_arguments(world, sif, *train, "--output-dir", "/work/stopped")
     log = WORK / "sigterm-sif.log"
     with (
         log.open("w") as written,

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
-from image_store import REPO, USERS, WORK, Store, assert_nothing_of_the_build, wait_for_steps
+from image_store import REPO, USERS, WORK, Store, assert_no_build_traces, wait_for_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,4 +153,4 @@ def test_the_image_has_the_packages_of_its_lock(store: Store, train_cpu_image: s
 
 
 def test_no_layer_contains_build_files(store: Store, train_cpu_image: str) -> None:
-    assert_nothing_of_the_build(store, train_cpu_image)
+    assert_no_build_traces(store, train_cpu_image)
