@@ -1,4 +1,6 @@
-"""What the validator records about TRL, vLLM and PEFT agrees with the installed packages."""
+"""The values that the validator records for TRL, vLLM and PEFT are those of the installed
+libraries.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""config/trl_names records what the installed transformers, accelerate and torch accept."""
+"""config/trl_names records the values that the installed transformers, accelerate and torch
+accept.
+"""
 
 from __future__ import annotations
 

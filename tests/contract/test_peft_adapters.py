@@ -1,5 +1,5 @@
-"""The behaviour of PEFT 0.21.2 that toolkit.policy depends on. The name of a failed test says what
-has changed in PEFT.
+"""The behaviour of PEFT 0.21.2 that toolkit.policy depends on. The name of a failed test names the
+behaviour that has changed in PEFT.
 """
 
 from __future__ import annotations

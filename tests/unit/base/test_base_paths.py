@@ -101,7 +101,7 @@ def test_write_file_replaces_in_one_step(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["f"]
 
 
-def test_write_file_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
+def test_a_failed_write_file_leaves_no_temporary_file(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     (target / "full").mkdir(parents=True)
     with pytest.raises(OSError, match="directory"):

@@ -1,4 +1,4 @@
-"""A disk failure has the same message and exit code, whichever library reports it."""
+"""A disk failure has the same message and exit code for every library that reports it."""
 
 from __future__ import annotations
 

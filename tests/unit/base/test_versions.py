@@ -8,7 +8,7 @@ from toolkit.base.versions import as_version, satisfies
 
 
 @pytest.mark.parametrize(
-    ("installed", "requirement", "holds"),
+    ("installed", "requirement", "is_satisfied"),
     [
         ("2.11.0", "==2.11.0", True),
         ("2.11.0+cu130", "==2.11.0", True),
@@ -29,9 +29,9 @@ from toolkit.base.versions import as_version, satisfies
     ],
 )
 def test_the_requirements_of_the_metadata_are_understood(
-    installed: str, requirement: str, holds: bool
+    installed: str, requirement: str, is_satisfied: bool
 ) -> None:
-    assert satisfies(installed, requirement) is holds
+    assert satisfies(installed, requirement) is is_satisfied
 
 
 @pytest.mark.parametrize(

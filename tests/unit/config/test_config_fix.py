@@ -1,4 +1,6 @@
-"""--fix: what it changes, what it reports, and what it leaves to the user."""
+"""The option --fix: the keys that it changes, the edits that it reports, and the findings that the
+user must fix.
+"""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_the_kernel_modules_version(text: str, version: str, tmp_path: Path) -> 
     assert driver_files.kernel_module(tmp_path) == version
 
 
-def test_the_first_libcuda_on_the_loaders_path_wins(tmp_path: Path) -> None:
+def test_the_first_libcuda_on_the_path_of_the_loader_is_used(tmp_path: Path) -> None:
     real, image = "usr/lib/x86_64-linux-gnu", "usr/local/cuda/compat"
     write_files(
         tmp_path,

@@ -78,7 +78,7 @@ def test_expert_slots_are_counted(spec_of):
     assert lora_bytes.engine_lora_elements(spec, 32, 1) * 2 - experts < 0.1 * experts
 
 
-def test_the_spec_survives_json(shape):
+def test_the_spec_is_equal_after_json(shape):
     again = json.loads(json.dumps(shape["config"]))
     assert (
         spec_from_values(again, name="x").blocks

@@ -78,7 +78,7 @@ def test_sleep_frees_the_cache_for_the_step(spec_of, card, run):
     assert "training step" in awake.interval.binding_max
 
 
-def test_sleep_is_chosen_where_nothing_else_fits(spec_of, card, run):
+def test_sleep_is_chosen_if_the_run_does_not_fit_without_it(spec_of, card, run):
     grpo = {"max_completion_length": 1024, "max_prompt_length": 1024, "num_generations": 8}
     values = {"max_seq_length": 2048, "load_in_4bit": True, "r": 64, "checkpointing": True}
     config = run(grpo, **values, **PADDED)
