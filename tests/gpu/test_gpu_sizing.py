@@ -23,9 +23,9 @@ pytestmark = [
 
 CONTEXT = """
 import torch
-from toolkit.gpu.devices import select
-from toolkit.gpu.snapshot import take
-before = select(take()).free_bytes
+from toolkit.gpu.devices import select_device
+from toolkit.gpu.snapshot import take_snapshot
+before = select_device(take_snapshot()).free_bytes
 torch.ones(1024, device="cuda") @ torch.ones(1024, 1, device="cuda")
 torch.cuda.synchronize()
 free, total = torch.cuda.mem_get_info()
