@@ -133,9 +133,8 @@ def _run_locked(
     if resumed is not None:
         size = parallel.parallel_size(config.model.tensor_parallel_size)
         if config.model.tensor_parallel_size != "auto":  # else checked after sizing
-            checkpoint.check_replica_count(
-                resumed, parallel.count_replicas(world_size(), size), size
-            )
+            replicas = parallel.count_replicas(world_size(), size)
+            checkpoint.check_replica_count(resumed, replicas, size)
     recorded = chat_record.with_recorded(micro_batch_record.with_recorded(config, resumed), resumed)
     context = prepare_run(recorded, run_dir, control.peers, options.check_rules)
     config = chat_record.config_to_record(
@@ -329,7 +328,7 @@ def _finish_run(
     if peers is not None:
         engine = find_engine(context.model)
         if engine is not None:
-            engine.close()  # before ``leave`` destroys the process group that the engine uses
+            engine.close()  # before ``leave_group`` destroys the process group that the engine uses
         peers.leave_group()  # wait, because a launcher stops all processes when one ends
 
 
@@ -356,9 +355,8 @@ def _open_logs(
         start.log_positions,
         names=LOG_FILES if trainer.tool_log is None else (*LOG_FILES, *TOOL_LOG_FILES),
     )
-    logging_steps = context.config.grpo.get("logging_steps")
     total = total_steps(trainer)
-    progress = Progress(options.out, total, logging_steps)
+    progress = Progress(options.out, total, context.config.grpo.get("logging_steps"))
     enabled = context.config.runtime.log_completions
     watch = RewardWatch(context.run_dir, progress.print_line)
     trainer.tracking = tracking = open_tracking(
@@ -383,8 +381,7 @@ def _close_logs(trainer: GRPOTrainer, *, stopped: bool) -> None:
 
 def is_in_first_replica() -> bool:
     """True if this process and the first one hold parts of one model (tensor parallelism)."""
-    process_mesh = current_mesh()
-    return process_mesh is not None and process_mesh.replica == 0
+    return (mesh := current_mesh()) is not None and mesh.replica == 0
 
 
 def _evaluate(context: RunContext, options: Options, *, adapter: bool) -> Evaluation | None:
