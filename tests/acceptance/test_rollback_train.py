@@ -125,7 +125,7 @@ def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
 
     code, output = run_forked(run_file, tmp_path / "run", before=load_one_prompt)
     assert code == 1, output
-    assert "the number of prompts is 1, but one generation needs 2, so no step" in output
+    assert "the number of prompts is 1, but one generation needs 2 prompts, so no step" in output
     assert "no step would run" in output
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

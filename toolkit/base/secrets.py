@@ -88,7 +88,7 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     """Return ``text`` with every secret replaced by ``[redacted: kind]``. ``environ`` is the
     environment whose secrets are removed, by default that of this process.
     """
-    secrets = _process_secrets() if environ is None else _secrets_in(frozenset(environ.items()))
+    secrets = _secrets_of_process() if environ is None else _secrets_in(frozenset(environ.items()))
     for name, value in secrets:
         text = text.replace(value, f"[redacted: {name}]")
     for kind, pattern in PATTERNS.items():
@@ -204,7 +204,7 @@ _variable_of_secret: dict[str, str] = {}
 _sorted_secrets: tuple[frozenset[tuple[str, str]], tuple[tuple[str, str], ...]] = (frozenset(), ())
 
 
-def _process_secrets() -> tuple[tuple[str, str], ...]:
+def _secrets_of_process() -> tuple[tuple[str, str], ...]:
     """Return the values of all secret environment variables that this process has had so far.
     Variables that were removed from the environment later are included.
     """

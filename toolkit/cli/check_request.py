@@ -180,8 +180,8 @@ def unknown_requirement_error(text: str) -> InputError:
     """Return the error for a value of ``--require`` that has an unknown form."""
     return InputError(
         f"--require {text!r} has an unknown form",
-        fix="use a number of GPUs, `gpu`, a card (`h200`), `cc>=9.0`, `free>=40GiB` or "
-        "`driver>=580`",
+        fix="use the number of GPUs (`2`), `gpu`, the name of a card (`h200`), or a condition "
+        "(`cc>=9.0`, `free>=40GiB`, `driver>=580`)",
     )
 
 

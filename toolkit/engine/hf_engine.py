@@ -223,12 +223,11 @@ def _check_ranges(sampling: Sampling) -> None:
 def _top_logprobs(
     scores: Sequence[torch.Tensor], sampled_BT: torch.Tensor, count: int
 ) -> tuple[list[list[list[float | None]]], list[list[list[int]]]]:
-    """Return log-probabilities and token ids, both as nested lists [sequence][position][rank]. Rank
-    0 is the most likely token.
+    """Return log-probabilities and token ids, both as nested lists [sequence][position][index].
 
     ``scores`` are T tensors (B, V) of processed logits. If ``count`` is 0, a position has only the
-    sampled token. Otherwise it has the ``count`` most likely tokens. The sampled token is added if
-    it is not one of them.
+    sampled token. Otherwise it has the ``count`` most likely tokens, the most likely one first, and
+    then the sampled token if it is not one of them.
     """
     values: list[list[list[float | None]]] = [[] for _ in range(sampled_BT.shape[0])]
     tokens: list[list[list[int]]] = [[] for _ in range(sampled_BT.shape[0])]

@@ -39,11 +39,11 @@ def check_report(
     *,
     strict: bool = False,
     node: bool = False,
-    run: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the report of a node with the results of its checks. The keys of ``run`` are added to
-    the report. For the preflight.json of a run, these keys are ``device`` (the card that the run is
-    sized for; None is the CPU) and ``sizing``.
+    """Return the report of a node with the results of its checks. The keys of ``extra`` are added
+    to the report. In the preflight.json of a run, these keys are ``device`` (the card that the run
+    is sized for; None is the CPU) and ``sizing``.
     """
     result_ids = {result.id for result in results}
     code = exit_code(results, strict=strict, node=node)
@@ -54,7 +54,7 @@ def check_report(
         "not_applicable": [name for name in checks_by_id() if name not in result_ids],
         **_node_sections(snapshot),
     }
-    return {**report, **(run or {})}
+    return {**report, **(extra or {})}
 
 
 def worst_verdict(results: Sequence[CheckResult]) -> str:

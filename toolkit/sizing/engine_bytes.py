@@ -2,9 +2,9 @@
 of vLLM's profiling run, the sampler, CUDA graphs, and the runtime.
 
 Written for vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``). vLLM may use
-gpu_memory_utilization x total memory. What remains of this amount after the terms of this module is
-the KV cache. After profiling, the memory of the activations and the sampler goes back to torch's
-allocator, and training in the same process can use it. The memory of the other terms stays in use.
+gpu_memory_utilization x total memory. The KV cache gets this amount minus the memory that this
+module computes. After profiling, the memory of the activations and the sampler is returned to
+torch's allocator, and training in the same process can use it. The rest stays in use.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def set_up_adapter(
     engine.
 
     Raises:
-        ConfigError: no parameter is trainable, or the engine samples from a trainable parameter.
+        ConfigError: no parameter is trainable, or a weight that is shared with the engine is
+            trainable.
     """
     if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         cast_adapter_to_float32(trainer.model)

@@ -64,7 +64,7 @@ class Preflight:
         """Return the content of preflight.json, which has the schema report.schema.json."""
         device = None if self.device is None else self.device.name
         run = {"device": device, "sizing": self.sizing.to_json()}
-        return check_report(self.snapshot, self.checks, run=run)
+        return check_report(self.snapshot, self.checks, extra=run)
 
     def write(self, run_dir: Path) -> Path:
         """Write preflight.json. Raises OSError."""

@@ -64,8 +64,8 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
     _cached_dropouts: list[torch.nn.Dropout] | None = None
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters of the model that have gradients. The list of all parameters is made once
-        per run, because a step would spend milliseconds on it.
+        """The parameters of the model with ``requires_grad``. The list of all parameters is kept
+        for the whole run, because making it again in every step would take milliseconds.
         """
         if self._cached_parameters is None:
             self._cached_parameters = list(self.model.parameters())

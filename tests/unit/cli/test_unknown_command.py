@@ -16,7 +16,7 @@ from toolkit.cli.train import cli as toolkit
     [
         (toolkit, "trian", "No such command 'trian'. Did you mean `train`?"),
         (toolkit, "validate", "No such command 'validate'. Did you mean `envcheck validate`?"),
-        (envcheck, "valdate", "No such command 'valdate'. Did you mean `validate`?"),
+        (envcheck, "validat", "No such command 'validat'. Did you mean `validate`?"),
         (envcheck, "train", "No such command 'train'. Did you mean `toolkit train`?"),
         (envcheck, "xyz", "No such command 'xyz'."),
         (toolkit, "--xyz", "No such option '--xyz'."),

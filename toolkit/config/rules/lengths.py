@@ -168,7 +168,8 @@ def one_rope_for_all_lengths(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _CONTEXT,
             f"{context} is more than original_max_position_embeddings ({original}): vLLM would use "
-            "the long rope factors for every sequence, but the trainer only for longer sequences",
+            "the long rope factors for every sequence, but the trainer only for sequences of more "
+            f"than {original} tokens",
             notes=(f"original_max_position_embeddings in {model.source}",),
             fixes=(run.set_fix(_CONTEXT, original), run.set_fix("runtime.engine", "transformers")),
             related=("model.model_name",),

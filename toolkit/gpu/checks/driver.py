@@ -270,7 +270,7 @@ CHECKS = (
     ),
     Check(
         "driver.compat",
-        "If CUDA forward compatibility is used, the cards support it",
+        "The cards support CUDA forward compatibility, if it is used",
         "With the cuda-compat package, newer CUDA runs on older drivers, but only on data-centre "
         "cards. On other cards CUDA fails to start with error 804.",
         "remove the compat folder from `LD_LIBRARY_PATH`",

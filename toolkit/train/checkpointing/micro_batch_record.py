@@ -86,9 +86,9 @@ def check_prompt_count(config: RunConfig, prompts: int, processes: int) -> None:
     if prompts >= needed:
         return
     raise ConfigError(
-        f"the number of prompts is {prompts}, but one generation needs {needed}, so no step would "
-        f"run. A generation has {per_process * processes} completions ({per_process} in each of "
-        f"{processes} processes), {group_size} for each prompt",
+        f"the number of prompts is {prompts}, but one generation needs {needed} prompts, so no "
+        f"step would run. A generation has {per_process * processes} completions: {per_process} in "
+        f"each of {processes} processes, and {group_size} for each prompt",
         where=config.dataset.path,
         fix=f"use at least {needed} prompts, or a generation batch of at most "
         f"{prompts * group_size} completions (grpo.per_device_train_batch_size x "

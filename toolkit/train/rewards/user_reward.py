@@ -71,8 +71,8 @@ def load_code(
 
 
 def missing_columns(function: Callable[..., Any], provided: set[str]) -> list[str]:
-    """Return the names of required parameters of ``function`` that would get no argument. TRL does
-    not pass them, and they are not in ``provided`` (the names of dataset columns and options).
+    """Return the names of the required parameters of ``function`` that get no argument, because TRL
+    does not pass them and they are not in ``provided`` (the names of dataset columns and options).
     """
     return [
         parameter.name
