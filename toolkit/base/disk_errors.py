@@ -147,8 +147,8 @@ def to_toolkit_error_without_path(error: Exception) -> ToolkitError | None:
     """Return the error to report for a disk failure, as ``to_toolkit_error`` does. This function is
     for callers that do not know which path was written to.
 
-    Return None if ``error`` is not a disk failure. Also return None for a missing permission,
-    because the error may come from reading a file.
+    Return None if ``error`` is not a disk failure. Also return None for a missing permission: it
+    may be the permission to read a file, and ``to_toolkit_error`` would report a failed write.
     """
     failure = find_failure(error)
     if failure is None or failure[0] in (errno.EACCES, errno.EPERM):

@@ -46,8 +46,8 @@ class ModelFacts:
         return dict(get_text_config(self.config))
 
     def positive_integer(self, *names: str) -> int | None:
-        """Return the value of the first key in ``names`` that is a positive integer in the language
-        model's settings in config.json. Return None if there is no such key.
+        """Look up the keys ``names`` in the language model's settings in config.json, and return
+        the first value that is a positive integer. Return None if there is no such value.
         """
         for name in names:
             value = self.text_config.get(name)

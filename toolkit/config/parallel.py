@@ -47,8 +47,9 @@ def parallel_size(value: object) -> int:
 
 
 def count_replicas(world_size: int, size: Any) -> int:
-    """Return the number of replicas if each replica consists of ``size`` of the ``world_size``
-    processes. Return ``world_size`` if ``size`` does not divide it, or if ``size`` is still "auto".
+    """Return the number of replicas. The run has ``world_size`` processes, and each replica has
+    ``size`` processes. Return ``world_size`` if ``size`` does not divide it, or if ``size`` is
+    still "auto".
     """
     number = parallel_size(size)
     return world_size // number if number > 0 and world_size % number == 0 else world_size

@@ -62,9 +62,9 @@ def _did_you_mean(name: str, path: KeyPath, node: Node, schema: dict[str, Any], 
 
 
 def _other_section_fixes(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
-    """Return the fixes that say to which other section a key belongs. The key is unknown in its own
-    section. The other section has it under the same name or under a newer name. Return None if no
-    section has the key.
+    """Return the fixes for a key that is in the wrong section of the run file. They name the
+    section that has a key with this name, or with the newer name of this key. Return None if no
+    other section has such a key.
     """
     key, parent = str(path[-1]), path[:-1]
     names = [

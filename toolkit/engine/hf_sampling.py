@@ -89,8 +89,8 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers ships n
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """Run transformers' own sampling loop, and add this processor after all others. This method
-        is passed to ``generate(custom_generate=...)`` (transformers 5.17).
+        """Add this object as the last logits processor, and run transformers' own sampling loop.
+        This method is passed to ``generate(custom_generate=...)`` (transformers 5.17).
         """
         last_processors = [self] if generation_config.do_sample else []
         is_real = model_kwargs["attention_mask"].bool()
@@ -137,8 +137,8 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]  # as above
     """The stopping criterion for stop strings. For each row it records the number of tokens at
     which the row reached a stop string. The later tokens of this row are padding.
 
-    The tokenizer is an argument of the class, because transformers 5.17 does not pass its tokenizer
-    on if ``generate`` gets ``custom_generate``.
+    The class needs ``tokenizer`` as an argument. If ``generate`` gets ``custom_generate``,
+    transformers 5.17 does not pass the argument ``tokenizer`` of ``generate`` on.
 
     Raises:
         ConfigValueError: transformers does not support these stop strings or this tokenizer.
@@ -166,8 +166,9 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]  # as above
         return done_B
 
     def lengths(self, tokens: int) -> list[int]:
-        """Return the number of tokens of each completion, up to and including its stop string. For
-        a completion without a stop string, this number is ``tokens``.
+        """Return the number of tokens of each completion, up to and including its stop string.
+        ``tokens`` is the padded length of the completions. A completion without a stop string has
+        this length.
         """
         if self._end_B is None:
             return []

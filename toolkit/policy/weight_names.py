@@ -43,7 +43,7 @@ pattern is the name of the tensor within the expert.
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The rows ``start`` to ``start + rows`` of the engine's tensor ``source``."""
+    """A part of the engine's tensor ``source``: ``rows`` rows, beginning with row ``start``."""
 
     source: str
     start: int

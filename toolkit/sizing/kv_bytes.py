@@ -18,8 +18,8 @@ STATES_PER_SEQUENCE = 2
 
 
 def bytes_per_token(spec: ModelSpec, element_bytes: int) -> int:
-    """The KV bytes that a sequence needs for one more token. This holds until the sequence is
-    longer than the window of a sliding-window layer.
+    """The KV bytes that a sequence needs for one more token. A sequence that is longer than
+    the window of a sliding-window layer needs fewer bytes.
     """
     return sum(block.count * _token_bytes(block.cache, element_bytes) for block in spec.blocks)
 

@@ -77,7 +77,7 @@ def refuse_untrainable(model: PreTrainedModel, engine: Any) -> None:
 
     Raises:
         ConfigValueError: the model has no trainable parameter.
-        UnsupportedError: the engine samples from a trainable parameter.
+        UnsupportedError: a weight that is shared with the engine is trainable.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:

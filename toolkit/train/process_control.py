@@ -233,8 +233,9 @@ class Peers:
 class _Heartbeats:
     """Records when each other process last showed a sign of life.
 
-    The times come from a clock that pauses while this process is stopped (SIGSTOP), because all
-    processes of a job may be stopped and continued together.
+    The times come from a clock that pauses while this process is stopped (SIGSTOP). All processes
+    of a job may be stopped and continued together. The time of such a stop does not count as
+    silence of the other processes.
     """
 
     def __init__(self) -> None:

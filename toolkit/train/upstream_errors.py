@@ -189,8 +189,8 @@ class Cause(NamedTuple):
 
 
 def find_cause(error: BaseException, user_values: Mapping[str, Any]) -> Cause | None:
-    """Return the keys that caused ``error``, and the upstream task that raised it. None if no key
-    caused ``error``.
+    """Return the cause of ``error``: the task in which a library raised it, and the keys of the run
+    file that the library used for this task. Return None if no key caused ``error``.
 
     ``user_values`` is the ``grpo`` section of the run file. The frames of the traceback are
     searched from the innermost frame up to the first frame of the toolkit.

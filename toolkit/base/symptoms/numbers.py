@@ -171,8 +171,8 @@ def lora_rank(symptom: Symptom, match: re.Match[str], context: str) -> Symptom:
 
 
 def halve_sequences(symptom: Symptom, match: re.Match[str], context: str) -> Symptom:
-    """Read max_num_seqs from the error text (as the number of dummy requests), and add half of it
-    to the remedy.
+    """Read max_num_seqs from the error text, and suggest half of this value in the remedy. The
+    error text calls the value the number of dummy requests.
     """
     del context
     half = max(1, int(float(match.group(1))) // 2)

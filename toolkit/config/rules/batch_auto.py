@@ -85,7 +85,8 @@ def auto_needs_batch_size(run: Run) -> Iterator[RuleViolation]:
     elif run.value(GENERATION_BATCH_SIZE) is None:
         yield RuleViolation(
             MICRO_BATCH_SIZE,
-            "auto needs a generation_batch_size, which is then split into micro-batches",
+            "is auto, but the run file sets no generation_batch_size for the sizer to split into "
+            "micro-batches",
             notes=(run.describe(GENERATION_BATCH_SIZE),),
             fixes=(run.set_fix(GENERATION_BATCH_SIZE, size),),
         )

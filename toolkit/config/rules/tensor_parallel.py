@@ -88,7 +88,7 @@ def split_weights_are_shared(run: Run) -> Iterator[RuleViolation]:
     if _may_be_split(run) and not run.value(_SHARE_WEIGHTS) and run.engine != "transformers":
         yield RuleViolation(
             _KEY,
-            "one model cannot be split while the trainer has its own copy of the weights",
+            "a model cannot be split over GPUs if the trainer has its own copy of the weights",
             notes=(run.describe(_SHARE_WEIGHTS),),
             fixes=(run.set_fix(_SHARE_WEIGHTS, True), run.set_fix(_KEY, 1)),
             related=(_SHARE_WEIGHTS,),

@@ -187,8 +187,9 @@ class Result:
 
     @property
     def train_tokens_s(self) -> float | None:
-        """Completion tokens per second of training, over the steps after the first. Training is the
-        step without the rollout and without the copy of the policy to the engine.
+        """Completion tokens per second of training, over the steps after the first. The time of
+        training is the time of the step, minus the time of the rollout, minus the time of the copy
+        of the policy to the engine.
         """
         step_parts = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
         training_s = [step - rollout - publish for step, rollout, publish in step_parts]

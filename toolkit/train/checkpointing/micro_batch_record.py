@@ -64,8 +64,8 @@ def with_recorded(config: RunConfig, checkpoint_dir: Path | None) -> RunConfig:
 
 
 def config_to_record(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """Return the config that a checkpoint records. It has the values of ``config``, which the user
-    wrote. Only its micro-batch comes from ``resolved``.
+    """Return the config that a checkpoint records: ``config``, which the user wrote, with the
+    micro-batch of ``resolved`` in place of "auto".
     """
     if not is_auto(config.grpo):
         return config

@@ -89,12 +89,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         valid checkpoint.
         """
         run_dir = Path(self.args.output_dir)
-        if resume_from_checkpoint is True and self._stores_adapter() and list_steps(run_dir):
+        if resume_from_checkpoint is True and self._uses_toolkit_format() and list_steps(run_dir):
             folder, skipped = resume_point(run_dir, "must")
             for line in skipped:
                 step_errors.logger.warning("skipped %s", line)
             resume_from_checkpoint = str(folder)
-        if self.signals is None and self._stores_adapter():
+        if self.signals is None and self._uses_toolkit_format():
             self._begin_branch(run_dir, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -179,7 +179,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         self.pending_evaluation = False
         return metrics
 
-    def _stores_adapter(self) -> bool:
+    def _uses_toolkit_format(self) -> bool:
         """True if checkpoints have the toolkit's format. With full fine-tuning, DeepSpeed or FSDP,
         they have the format of transformers.
         """
@@ -210,7 +210,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self.save_snapshot(self.snapshot)
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
-        if not self._stores_adapter():
+        if not self._uses_toolkit_format():
             super()._save_checkpoint(model, trial)
         else:
             self.save_snapshot(trainer_state.take_snapshot(self))
@@ -254,7 +254,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         the best one.
         """
         limit = self.args.save_total_limit
-        if self._stores_adapter():
+        if self._uses_toolkit_format():
             self.args.save_total_limit = None
         try:
             return super()._finalize_training(*args, **kwargs)

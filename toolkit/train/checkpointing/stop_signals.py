@@ -59,8 +59,9 @@ class StopSignals:
         """Handle signals inside the ``with`` block, and restore the previous handlers afterwards.
         Call this only in the main thread.
 
-        A previous handler may belong to another ``StopSignals`` object. If ``begin_shutdown`` was
-        called inside the ``with`` block, that other object also ignores all later signals.
+        After ``begin_shutdown``, this object ignores all signals. A previous handler may belong to
+        another ``StopSignals`` object. If ``begin_shutdown`` was called inside the ``with`` block,
+        that other object then ignores all signals too.
         """
         numbers = handled_signals()
         previous = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}

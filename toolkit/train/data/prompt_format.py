@@ -223,7 +223,7 @@ def _drop_first_tokens(
 
 
 def _token_starts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the character position in ``text`` at which each of its tokens begins."""
+    """Return a list with one number per token of ``text``: the index of its first character."""
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [start for start, _ in encoded["offset_mapping"]]

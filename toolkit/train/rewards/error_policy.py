@@ -195,8 +195,8 @@ class AsyncGuardedReward(GuardedReward):
     async def __call__(  # type: ignore[override]  # TRL checks if __call__ is async
         self, /, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> list[Score]:
-        """The rewards, one float or None per completion. The function is called in another thread,
-        so that async rewards do not wait for each other.
+        """Return the rewards, one float or None per completion. ``score_batch`` runs in
+        another thread, so that several async rewards run at the same time.
         """
         return await asyncio.to_thread(self.score_batch, Batch(prompts, completions, columns))
 

@@ -173,8 +173,8 @@ class EngineGeneration:
 
     @property
     def llm(self) -> Any:
-        """An object with the attributes ``llm_engine.model_config.max_model_len``. TRL's tool loop
-        reads the maximum sequence length from it.
+        """An object from which TRL's tool loop reads the maximum sequence length, as
+        ``llm.llm_engine.model_config.max_model_len``.
         """
         config = SimpleNamespace(max_model_len=getattr(self.engine, "max_model_len", None))
         return SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))

@@ -92,7 +92,7 @@ class StepAttempt:
         number = self.trainer.accelerator.num_processes
         raise ConfigError(
             f"process {rank()} ran out of memory. The process cannot repeat the step in smaller "
-            f"parts, because {number} replicas train together: {first_line(error)}",
+            f"parts, because {number} replicas train together ({first_line(error)})",
             where=f"step {self.trainer.state.global_step + 1}",
             fix="lower runtime.pack_tokens, grpo.per_device_train_batch_size or "
             "grpo.max_completion_length (`envcheck size` shows the memory budget). Then run the "
@@ -185,8 +185,9 @@ class PartMetrics:
     def merge_parts(self) -> None:
         """For each metric, replace the values of the micro-batch's parts by one value.
 
-        Minima and maxima stay minima and maxima. All other metrics of TRL are means over tokens, so
-        they are combined as weighted means.
+        A metric that is a minimum gets the smallest value of the parts. A metric that is a maximum
+        gets the largest value. All other metrics of TRL are means over tokens, so they get the
+        weighted mean of the values.
         """
         for name, values in self.metric_values.items():
             start = self.start_lengths.get(name, 0)
