@@ -202,9 +202,9 @@ def _open_members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[
 
 
 class _ReadLimitedFile:
-    """A zip file whose single reads are limited in size. The header of a zip file may state any
-    size for the central directory (the list of members), and zipfile reads the whole directory at
-    once.
+    """An open zip file that refuses to read too many bytes in one call. The header of a zip file
+    may state any size for the central directory (the list of members). Without a limit, zipfile
+    would read that many bytes at once.
     """
 
     def __init__(self, archive: Path, file: IO[bytes]) -> None:
@@ -224,7 +224,7 @@ class _ReadLimitedFile:
 
 def _check_member_count(archive: Path, count: int) -> None:
     """Raise ConfigError if ``count`` is more than the maximum number of members of an archive.
-    ``count`` is the number of members that were found so far, with those that are ignored.
+    ``count`` is the number of members that were found so far, including ignored ones.
     """
     if count > MAX_MEMBERS:
         raise ConfigError(

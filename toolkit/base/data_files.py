@@ -46,7 +46,9 @@ class DataFileType(NamedTuple):
 
 
 def data_file_type(path: Path) -> DataFileType | None:
-    """The type of a data file, as its name shows; None if the name is not that of a data file."""
+    """Return the type that the suffix of ``path`` stands for. Return None if the suffix is not that
+    of a data file.
+    """
     name = path.name.lower()
     packed = name.endswith(GZIP_SUFFIX)
     suffix = Path(name.removesuffix(GZIP_SUFFIX) if packed else name).suffix
@@ -55,7 +57,7 @@ def data_file_type(path: Path) -> DataFileType | None:
 
 
 def unsupported_file_message(path: Path) -> tuple[str, str]:
-    """Return the message and the fix for a file whose name is not that of a data file."""
+    """Return the message and the fix for a file that does not have the suffix of a data file."""
     suffix = path.suffix.lower()
     what = f"is not a supported type of data file: {suffix or 'no suffix'!r}"
     if suffix in UNPACK_COMMANDS:

@@ -53,7 +53,7 @@ def local_rank(environ: Mapping[str, str] = os.environ) -> int:
 
 def node_count(environ: Mapping[str, str] = os.environ) -> int:
     """The number of nodes of the run, from torchrun's variable PET_NNODES; 1 if it is not set.
-    Raises InputError.
+    Raises InputError for an invalid number.
     """
     return _read_number(environ, "PET_NNODES", minimum=1)
 

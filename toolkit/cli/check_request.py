@@ -47,9 +47,9 @@ def check_node(
     node: bool = False,
     **selection: Sequence[str],
 ) -> tuple[NodeSnapshot, CheckContext, list[CheckResult]]:
-    """Read this node, and run the checks that ``selection`` selects: the keywords ``only`` and
-    ``skip`` of ``select_checks``. Return the snapshot of the node, the context of the checks and
-    their results.
+    """Read this node, and run checks. Return the snapshot of the node, the context of the checks
+    and their results. ``selection`` has the keywords ``only`` and ``skip`` of ``select_checks``,
+    which select the checks.
 
     Raises:
         ConfigError: the run file has errors.

@@ -85,8 +85,8 @@ def shape_problem(config: Mapping[str, Any], size: int) -> str | None:
 
 
 def model_problem(config: Mapping[str, Any]) -> str | None:
-    """Return the reason why a model cannot be split over any number of GPUs; None if it can.
-    ``config`` is the content of the model's config.json.
+    """Return the reason why a model can never be split over several GPUs, whatever their number.
+    Return None if there is no such reason. ``config`` is the content of the model's config.json.
     """
     text_config = get_text_config(config)
     model_type = str(text_config.get("model_type") or config.get("model_type") or "")

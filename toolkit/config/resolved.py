@@ -156,8 +156,10 @@ def resolve_run(
 
 
 def resolve_engine(engine: str, fast_inference: bool | str, situation: Situation) -> Engine:
-    """Return the engine that generates the rollouts. ``runtime.engine`` decides if it is not
-    "auto", else ``model.fast_inference`` if it is not "auto".
+    """Return the engine that generates the rollouts.
+
+    If ``runtime.engine`` is not "auto", it names the engine. If it is "auto", and
+    ``model.fast_inference`` is true or false, true selects vLLM and false selects transformers.
 
     If both keys are "auto", the result depends on the machine. If vLLM is known to be missing, the
     engine is transformers. Otherwise the engine is vLLM on a GPU, transformers on a CPU, and
@@ -182,14 +184,17 @@ def resolve_dtype(
     load_in_16bit: bool = False,
 ) -> str:
     """Return the number format of the weights and of the trainer's computations, as the name of a
-    torch dtype. ``dtype`` is the value of ``model.dtype``, and is returned unless it is "auto". If
-    ``dtype`` is "auto" and the device is unknown, return "auto".
+    torch dtype.
 
-    Otherwise, the result is bfloat16 if ``grpo.bf16`` is true. On a GPU, it is float16 if
-    ``grpo.fp16`` is true, because engine and trainer must use the same format. If neither key is
-    true, the result is bfloat16 on a GPU with compute capability 8.0 or higher, and float16 on an
-    older GPU. On a CPU, it is bfloat16 with ``load_in_16bit``, else float32, which is both fast and
-    exact on a CPU.
+    ``dtype`` is the value of ``model.dtype``. If it is not "auto", it is returned unchanged. If it
+    is "auto", the result depends on the device:
+
+    - Device unknown: "auto".
+    - GPU: bfloat16 if ``grpo.bf16`` is true, float16 if ``grpo.fp16`` is true. The keys decide
+      because engine and trainer must use the same format. If neither key is true, the result is
+      bfloat16 if the GPU has compute capability 8.0 or higher, and float16 if it is older.
+    - CPU: bfloat16 if ``grpo.bf16`` or ``load_in_16bit`` is true. Otherwise float32, which is both
+      fast and exact on a CPU.
     """
     if dtype != "auto":
         return dtype

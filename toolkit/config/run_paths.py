@@ -62,8 +62,9 @@ def is_path_only(text: str) -> bool:
 
 
 def local_path(key: str, node: Node) -> str:
-    """Return the value of ``node``, whose key may contain a path. A path is returned as an absolute
-    path. A hub id, or a word such as "auto" for ``resume``, is returned unchanged.
+    """Return the value of the run file key ``key``. ``node`` contains the value. If the value is a
+    path, the result is the absolute path. If it is a hub id or a keyword (such as "auto" for
+    ``resume``), the result is the unchanged value.
     """
     text = str(node.value)
     if text in _KEYWORD_VALUES.get(key, ()):

@@ -72,9 +72,9 @@ def check_groups(
 
 
 def check_same_environment(size: int, reports: Sequence[Mapping[str, Any]]) -> None:
-    """Raise an error if the processes of one group have different GPUs (cards) or library versions.
-    A group has ``size`` processes. ``reports`` has the values that each process sent in
-    ``check_groups``, in the order of the ranks.
+    """Raise an error if the processes of one group have different kinds of GPUs (cards), or
+    different versions of a library. A group has ``size`` processes. ``reports`` has the values
+    that each process sent in ``check_groups``, in the order of the ranks.
     """
     for start in range(0, len(reports), size):
         group = range(start, start + size)

@@ -82,8 +82,9 @@ def release_tag(tag: str) -> None:
 
 
 def map_tag(tag: str) -> None:
-    """Map memory again at the addresses of every released allocation with the tag ``tag``. The
-    contents are undefined. Before that, torch's cached memory is released.
+    """Map memory again for every allocation with the tag ``tag`` that was released. First release
+    the memory that torch has cached. Then map new memory at the old addresses. The contents of the
+    new memory are undefined.
     """
     allocator, _, create_and_map = _allocator()
     asleep = [

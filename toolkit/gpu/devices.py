@@ -168,9 +168,9 @@ def select_device(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapsh
 
 
 def cuda_memory(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> DeviceMemory | None:
-    """Return how much memory of ``gpu`` CUDA can use; None if this is unknown. GB10 and Jetson
-    share their memory with the CPU, and NVML does not report this memory. For these devices, the
-    result is the total and the available memory of the host.
+    """Return the total and the free memory that CUDA has on ``gpu``. Return None if the memory is
+    unknown. GB10 and Jetson share their memory with the CPU, and NVML does not report this memory.
+    For these devices, the result is the total and the available memory of the host.
     """
     if gpu.total_bytes is not None and gpu.free_bytes is not None:
         return DeviceMemory(gpu.total_bytes, gpu.free_bytes)

@@ -152,5 +152,5 @@ def _gradients(
 
 
 def _scale_in_place(tensor: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Multiply ``tensor`` by ``scaling`` in place. A factor of 1 needs no kernel."""
+    """Multiply ``tensor`` by ``scaling`` in place. If ``scaling`` is 1, no kernel is started."""
     return tensor if scaling == 1 else tensor.mul_(scaling)

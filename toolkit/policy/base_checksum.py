@@ -33,8 +33,9 @@ Models that share their weights with an engine have it.
 
 
 class Checksum(NamedTuple):
-    """The checksum of one tensor, with the tensor's dtype and shape. ``changed_tensors`` compares
-    two checksums only if their dtypes and shapes are equal.
+    """The checksum of one tensor, with the tensor's dtype and shape. If two checksums have
+    different dtypes or shapes, ``changed_tensors`` does not compare them, and does not
+    report the tensor.
     """
 
     dtype: torch.dtype

@@ -61,13 +61,14 @@ class Adapter:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
-    """Read the adapter in ``folder``, and check that every value is finite and that every rank is
-    the one in the adapter's config.
+    """Read the adapter in ``folder``. Check that every value is finite, and that every LoRA matrix
+    has the rank that the adapter's config gives for its module.
 
     Raises:
         InputError: a file is missing or unreadable.
         ConfigValueError: the adapter is not a LoRA adapter, its config cannot be used, its weights
-            exist only as a pickle, a value is not finite, or a rank differs from the config.
+            exist only as a pickle, a value is not finite, or the rank of a matrix differs from the
+            config.
     """
     path = Path(folder)
     if not path.is_dir():

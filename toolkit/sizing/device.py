@@ -65,8 +65,8 @@ class Device:
 
     @classmethod
     def from_node(cls, snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Device:
-        """Return the device for ``gpu``, a GPU of this node. If the GPU has integrated memory, its
-        free bytes are the available bytes of the host.
+        """Return the device for ``gpu``, a GPU of this node. If the GPU shares its memory with the
+        CPU, the free bytes of the device are the available bytes of the host.
 
         A MIG slice has the memory of the slice, and not that of the whole card. Raises ConfigError
         if NVML does not report the memory.

@@ -38,8 +38,8 @@ def is_auto(grpo: Mapping[str, Any]) -> bool:
     """Whether the keys for the micro-batch and the accumulation are both auto, so that the sizer
     chooses them.
 
-    Raises ConfigError if only one of the two keys is auto. If both are auto, raises ConfigError
-    without a generation_batch_size.
+    Raises ConfigError if only one of the two keys is auto. Also raises ConfigError if both keys are
+    auto, but generation_batch_size is not set.
     """
     keys = (MICRO_BATCH, ACCUMULATION)
     auto_keys = [key for key in keys if grpo.get(key) == "auto"]

@@ -27,11 +27,11 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "f
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear map: ``copies`` matrices with ``out_features`` rows and ``in_features`` columns. If
-    ``bias`` is true, each matrix has a bias with ``out_features`` elements.
+    """One linear map, or several of the same shape (such as the routed experts of a layer).
 
-    ``name`` is the dotted name inside the block, as Hugging Face names it. The routed experts of a
-    layer are one Linear with copies > 1.
+    ``copies`` is the number of matrices. Each matrix has ``out_features`` rows and ``in_features``
+    columns. If ``bias`` is true, each matrix has a bias with ``out_features`` elements. ``name`` is
+    the dotted name inside the block, as Hugging Face names it.
     """
 
     name: str

@@ -48,7 +48,8 @@ def solve(
     """Compute the memory of the run on ``device`` (None: the CPU).
 
     If the run does not fit, the result has ``feasible`` False and a list of remedies. Raises
-    ConfigError for values that no run can have (such as a rank above the engine's largest).
+    ConfigError for values that no run can have. An example is a LoRA rank that is larger than the
+    largest rank that the engine supports.
     """
     candidate, fit = best_candidate(config, spec, device, world_size)
     if fit.fits:

@@ -58,8 +58,8 @@ def spec_of_one_card(spec: ModelSpec, size: int) -> ModelSpec:
 
 
 def split_facts(spec: ModelSpec) -> Mapping[str, Any]:
-    """The values that determine how a model can be split. The keys are the names in config.json,
-    which ``config.parallel`` reads.
+    """Return the values that determine how a model can be split, as a dict. Its keys are the keys
+    of config.json that ``config.parallel`` reads.
     """
     block = spec.blocks[0]
     down = [linear for linear in block.linears if linear.leaf == "down_proj"]

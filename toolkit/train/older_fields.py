@@ -148,7 +148,7 @@ def _translate_warmup_ratio(fields: dict[str, Any], ratio: Any) -> list[str]:
         raise ConfigValueError(
             f"warmup_ratio={ratio!r} must be at least 0 and below 1",
             where=WHERE,
-            fix="set warmup_steps to a number of steps, or to a share of the run below 1",
+            fix="set warmup_steps to a number of steps, or to a value below 1 (a share of the run)",
         )
     if fields.get("warmup_steps"):
         return [f"warmup_ratio is left out, because warmup_steps={fields['warmup_steps']} is set"]

@@ -263,7 +263,7 @@ class _Heartbeats:
         }
 
     def silence_s(self) -> float:
-        """Return the longest time in seconds for which a process has shown no sign of life."""
+        """Return how many seconds ago the most silent process last showed a sign of life."""
         return self._clock_s - min(
             (changed_s for _, changed_s in self._last_changes.values()), default=0.0
         )

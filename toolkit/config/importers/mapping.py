@@ -126,8 +126,9 @@ class Table:
         )
 
     def find_row(self, key: str) -> Row | None:
-        """Return the row for a key of the other tool. If the key has no row of its own, return the
-        row ``prefix.*`` for the longest prefix of the key. Return None if there is no such row.
+        """Return the row for a key of the other tool. If the key has no row of its own, a row
+        ``prefix.*`` is used, where ``prefix`` is a dotted prefix of the key. If there are several
+        such rows, return the one with the longest prefix. If there are none, return None.
         """
         row = self.by_key.get(key)
         while row is None and "." in key:

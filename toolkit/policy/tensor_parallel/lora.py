@@ -84,9 +84,11 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         return base.reduce_output(out)
 
     def used_rows(self, name: str) -> torch.Tensor:
-        """Return a view of the rows of B that this process computes with. If other processes have
-        the same KV heads, these are the rows for the KV heads of this process. Otherwise they are
-        all rows that this process has.
+        """Return the rows of B that this process computes with, as a view.
+
+        Usually this process stores only these rows. If several processes compute with the same KV
+        heads (``split.repeated``), each process stores the whole B, and this method selects the
+        rows for its KV heads.
         """
         split, b = self.base_layer.split, self.lora_B[name].weight
         rows: torch.Tensor = b

@@ -232,8 +232,8 @@ def _load_model(
 
 
 def _grpo_config(trainer: Any) -> Any:
-    """Return the class GRPOConfig of TRL. The TRL package is found by its trainer class, which is
-    ``trainer`` or a base class of ``trainer``.
+    """Return the class GRPOConfig of TRL. ``trainer`` is TRL's trainer class or a subclass of it,
+    so one of the classes in its inheritance chain comes from the package ``trl``.
     """
     modules = (sys.modules[kind.__module__.partition(".")[0]] for kind in trainer.__mro__)
     return next(module.GRPOConfig for module in modules if module.__name__ == "trl")

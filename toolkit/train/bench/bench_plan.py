@@ -59,8 +59,8 @@ def choose_settings(settings: Settings, spec: ModelSpec, device: Device | None) 
 
 def other_arms_peak_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
     """Return the peak memory that the sizer predicts for the other arms (TRL, Unsloth), in bytes.
-    The prediction is for one copy of the weights, a KV cache that is not freed, and activation
-    checkpoints on the host, as in Unsloth.
+    The prediction assumes one copy of the weights and a KV cache that is not freed. It also assumes
+    that activation checkpoints are on the host, which is how Unsloth stores them.
     """
     other_settings = replace(
         settings, ours_batch=settings.per_device_batch, ours_sleep=False, ours_engine=None

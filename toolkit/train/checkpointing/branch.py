@@ -213,8 +213,8 @@ def rotate_checkpoints(
 
 
 def _intact_checkpoints(run_dir: Path) -> Iterable[tuple[Path, int]]:
-    """Yield (folder, step) of each intact checkpoint whose name has the right step, the latest
-    first.
+    """Yield (folder, step) of each intact checkpoint, the latest first. A checkpoint is left out if
+    the step in its name differs from the step that is recorded in it.
     """
     for step in checkpoint.list_steps(run_dir):
         folder = checkpoint.path_of(run_dir, step)

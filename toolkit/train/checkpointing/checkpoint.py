@@ -60,7 +60,7 @@ def begin(run_dir: Path, step: int) -> Path:
 
 def remove_leftover(path: Path) -> None:
     """Remove the folder, file or link at a temporary path. The target of a link is not removed.
-    Raises OSError.
+    Raises OSError if a file or a link cannot be removed.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

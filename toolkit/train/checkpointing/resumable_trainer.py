@@ -250,8 +250,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Do the same as transformers, but do not remove checkpoints in the toolkit's format. Only
-        ``_remove_old_checkpoints`` removes them. With a limit of 1, transformers would keep only
-        the best one.
+        ``_remove_old_checkpoints`` removes them. With save_total_limit 1, transformers would remove
+        all checkpoints except the best one.
         """
         limit = self.args.save_total_limit
         if self._uses_toolkit_format():

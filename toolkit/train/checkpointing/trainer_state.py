@@ -291,8 +291,8 @@ def load_generators(trainer: TrainerSeam, folder: Path) -> None:
 @contextmanager
 def _state_errors_translated(folder: Path) -> Iterator[None]:
     """A context manager for code that uses the content of a checkpoint. If the code fails,
-    InputError is raised. The checksums of the files are correct, so the cause is that another
-    program or another release wrote the content.
+    InputError is raised. The files are known to be undamaged, because their checksums were checked
+    before. So the code fails only if another program or another release wrote the content.
     """
     try:
         yield

@@ -92,7 +92,8 @@ def main(requests: int, replies: int, run_pid: int) -> NoReturn:
 
 def _supervise(service_pid: int, run_pid: int) -> NoReturn:
     """Run the supervisor: wait until the service process ends, and exit with its exit code. If the
-    run ends first, kill the process group of the worker, which contains both processes.
+    run ends first, kill the worker's process group, which contains the service process and this
+    supervisor.
 
     ``service_pid`` is the process id of the service process, which answers the requests.
     ``run_pid`` is the process id of the run.

@@ -237,11 +237,11 @@ class EngineGeneration:
 
 
 def tokenize_distinct(tokenize: Callable[[list[Any]], Any], prompts: list[Any]) -> Any:
-    """Return ``tokenize(prompts)``: token ids, images and other fields, for each prompt. Equal
-    prompts that follow one another, as in a group, are tokenized once.
+    """Return what ``tokenize(prompts)`` returns: token ids, images and other fields of the prompts.
 
-    ``tokenize`` is TRL's ``_tokenize_prompts``. If there are images or other fields, it is called
-    with all prompts.
+    ``tokenize`` is TRL's ``_tokenize_prompts``. To save time, equal prompts that follow one another
+    (as in a group) are tokenized only once, and share the result. If this result contains images or
+    other fields, it is not used, and ``tokenize`` is called again with all prompts.
     """
     starts = [
         index for index, prompt in enumerate(prompts) if index == 0 or prompt != prompts[index - 1]

@@ -32,7 +32,9 @@ derived from the place.
 
 
 class CallFailed(Exception):
-    """Raised if a call failed. TRL passes the text of this exception to the model as the answer."""
+    """Raised if a tool call failed. TRL passes the text of this exception to the model, in place of
+    the result of the call.
+    """
 
 
 class StopRun(BaseException):
