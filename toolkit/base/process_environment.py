@@ -45,8 +45,8 @@ def rank(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def local_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """The rank of this process on its node, which is also the index of its GPU. Raises
-    InputError.
+    """The rank of this process on its node, which is also the index of its GPU. Raises InputError
+    if LOCAL_RANK is not a valid number.
     """
     return _read_number(environ, "LOCAL_RANK", minimum=0)
 

@@ -86,9 +86,11 @@ class _Fixer:
         self, source: Source, finding: Finding, validation: Validation
     ) -> tuple[Source, Validation] | None:
         """Apply the fix of the finding ``finding``. Return the new text and its validation. Return
-        None if the finding does not have exactly one fix, or if the fix does not reduce the number
-        of findings. If the finding is about an unknown or invalid key (rules KEY...), the number of
-        findings may stay the same.
+        None if the fix cannot be used.
+
+        The finding must have exactly one fix, which edits only ``source``. After the fix, this
+        finding must be gone, and there must be fewer findings than before. If the finding is about
+        an unknown or invalid key (rules KEY...), there may also be as many findings as before.
         """
         if len(finding.fixes) != 1 or self.remaining_characters < 0:
             return None

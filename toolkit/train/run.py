@@ -107,8 +107,8 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
 
 @contextmanager
 def _watched_run_dir(run_dir: Path, config: RunConfig) -> Iterator[RunDirWatch | None]:
-    """Lock the run folder on the first rank, inside the ``with`` block. If the block fails because
-    the folder was moved or removed, raise an error with this reason.
+    """Keep the run folder locked during the ``with`` block. Only the first rank does this. If the
+    block fails because the folder was moved or removed, raise an error with this reason.
     """
     if not is_first_rank():
         yield None

@@ -43,8 +43,8 @@ def load_rewards(
     Samples on which a reward fails are saved in ``run_dir``. With ``reward.isolate``, the user's
     reward functions and the built-in reward math_verify run in a worker process of ``workers``. If
     ``workers`` is None, a new worker process is used. ``columns`` are the names of the dataset's
-    columns, including ``answer``. With ``columns``, a reward that needs a missing column is
-    rejected here, and not only in the first step.
+    columns, including ``answer``. If ``columns`` is given, a reward that needs a missing column is
+    rejected before the first step.
 
     Raises ConfigError, or MissingExtraError if math_verify's package is not installed.
     """

@@ -71,7 +71,7 @@ def should_evaluate(config: RunConfig, requested: bool | None) -> bool:
 
     ``requested`` is True for ``--evaluate``, False for ``--no-evaluate``, and None if neither
     option is given. For None, the result is True if the run file names held-out data and does not
-    set ``grpo.eval_strategy``. With that key, TRL evaluates during training.
+    set ``grpo.eval_strategy``. If this key is set, TRL decides when to evaluate.
     """
     if requested is not None:
         return requested

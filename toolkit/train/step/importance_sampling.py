@@ -1,10 +1,10 @@
 """Measure the difference between the sampler's and the trainer's log-probabilities, and compute the
 importance weights that correct for this difference.
 
-TRL 1.16 runs an extra forward pass over every batch to get the trainer's log-probabilities under
-the policy that sampled the batch. If each generation is used for only one optimizer step and there
-is no dropout, the forward pass of training computes the same numbers. Then the extra pass is
-skipped, and the weights are computed from the forward pass of training.
+The trainer's log-probabilities must be those of the policy that sampled the batch. TRL 1.16 runs an
+extra forward pass over every batch to compute them. If each generation is used for only one
+optimizer step and there is no dropout, the forward pass of training computes the same numbers. Then
+the extra pass is skipped, and the weights are computed from the forward pass of training.
 
 The formulas are those of TRL's modes (``vllm_importance_sampling_mode``). The modes with one weight
 per token are explained at https://fengyao.notion.site/off-policy-rl. tests/contract checks that the
