@@ -173,8 +173,8 @@ class _RedactingStream:
 
 
 class _RedactingBuffer:
-    """A binary stream like ``_RedactingStream``. It replaces the ``buffer`` of a text stream,
-    because click writes to this buffer in a C locale.
+    """A binary stream that removes secrets from what is written to it. It replaces the ``buffer``
+    of a text stream, because click writes to this buffer in a C locale.
     """
 
     def __init__(self, stream: BinaryIO) -> None:

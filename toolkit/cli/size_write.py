@@ -56,11 +56,13 @@ def write_chosen_values(document: Document, resolved: RunConfig) -> str:
             )
             if node.source is not source:
                 not_written.append(
-                    f'{section}.{name}: {value_text} (this "auto" is in {node.source.name})'
+                    f'not written: {section}.{name}: {value_text} (this "auto" is in '
+                    f"{node.source.name})"
                 )
             elif source.text[start:end] not in PLAIN_AUTO:
                 not_written.append(
-                    f'{section}.{name}: {value_text} (this "auto" is a YAML alias, anchor or block)'
+                    f'not written: {section}.{name}: {value_text} (this "auto" is a YAML alias, '
+                    "anchor or block)"
                 )
             else:
                 edits.append((start, end, value_text, name))
@@ -79,8 +81,7 @@ def write_chosen_values(document: Document, resolved: RunConfig) -> str:
         with report_write_errors(source.path):
             rewrite_file(source.path, source.bom + text)
     lines = [f"{source.name}: {name}: {value_text}" for _, _, value_text, name in sorted(edits)]
-    lines += [f"not written: {line}" for line in not_written]
-    return "\n".join(lines) or f'{source.name}: contains no "auto"'
+    return "\n".join(lines + not_written) or f'{source.name}: contains no "auto"'
 
 
 def _format_value(value: object, node: Node) -> str:

@@ -45,9 +45,9 @@ class Option(NamedTuple):
     ``api_default`` is the default of ``from_pretrained``. None means that vLLM chooses the value.
     ``vllm_argument`` is the name of the argument of ``vllm.LLM`` that gets the option's value. None
     means that vLLM has no such argument, and the toolkit implements the option itself.
-    ``vllm_values`` maps the option's value to the value of the vLLM argument. If the result is
-    None, the argument is not passed. ``is_sized`` says whether `envcheck size` chooses a value for
-    "auto" (and writes it to the run file with ``--write``).
+    ``vllm_values`` maps the option's value to the value of the vLLM argument. If it maps the value
+    to None, the argument is not passed to vLLM. ``is_sized`` says whether `envcheck size` chooses a
+    value for "auto" (and writes it to the run file with ``--write``).
     """
 
     kind: Kind

@@ -119,8 +119,8 @@ def _is_still_reported(finding: Finding, validation: Validation) -> bool:
 
 
 def _findings_with_choices(source: Source, validation: Validation) -> tuple[Finding, ...]:
-    """Return the findings with several possible fixes, if at least one of these fixes changes the
-    text ``source``.
+    """Return each finding that has several possible fixes, of which at least one changes the text
+    ``source``.
     """
     return tuple(
         finding

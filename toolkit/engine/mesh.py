@@ -9,8 +9,8 @@ accelerate, TRL and DistributedDataParallel treat torch.distributed's default gr
 run. So while a mesh is open, the default group of a process is its data-parallel group. This group
 has one rank of each replica: the ranks that have the same part of the model.
 
-vLLM creates its groups from the default group of all processes. So ``create_default_group`` must
-run before an engine starts.
+vLLM creates its groups when the engine starts, from a default group that has all processes of the
+run. So the order is: ``create_default_group``, the start of the engine, ``open_mesh``.
 """
 
 from __future__ import annotations

@@ -136,8 +136,9 @@ def find_card(name: str, *, where: str = "--gpu") -> Card:
 
 
 def _card_of_size(match: re.Match[str]) -> Card:
-    """Return a card that is known only by its memory size, such as ``24GiB:8.9``. CUDA can use all
-    of this memory. Without a compute capability, ``ASSUMED_CAPABILITY`` is used.
+    """Return a card for a memory size (``24GiB``), or for a memory size and a compute capability
+    (``24GiB:8.9``). CUDA can use all memory of this card. If no compute capability is given,
+    ``ASSUMED_CAPABILITY`` is used.
     """
     size = int(float(match[1]) * (MIB if match[2] == "mib" else GIB))
     capability = (int(match[3]), int(match[4])) if match[3] else ASSUMED_CAPABILITY

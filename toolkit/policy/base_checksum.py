@@ -95,8 +95,8 @@ def _sum_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _to_ints(values: list[torch.Tensor]) -> list[int]:
-    """Convert the checksums to ints. One copy per device brings them to the host, instead of one
-    copy per tensor.
+    """Convert the checksums to ints. All checksums of a device are copied to the host at once,
+    because a copy for each checksum would be slower.
     """
     value_by_index: dict[int, int] = {}
     for device in {value.device for value in values}:

@@ -59,7 +59,7 @@ class Kernels(NamedTuple):
 class AppliedKernels:
     """Which layers use a kernel. ``layers`` maps a class name to the number of its layers that use
     a kernel. ``refusal_reasons`` maps the name of any other class to the reason why its layers use
-    no kernel. If liger-kernel is not installed, its only key is "all layers".
+    no kernel. If liger-kernel is not installed, ``refusal_reasons`` has only the key "all layers".
     """
 
     layers: dict[str, int] = field(default_factory=dict)

@@ -64,9 +64,11 @@ replaces it. None means that no option replaces it.
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One completion, with the attribute names of vLLM's CompletionOutput. ``logprobs`` is a nested
-    list [position][rank], where rank 0 is the most likely token. If only the log-probability of the
-    sampled token was requested, each position has only this value.
+    """One completion, with the attribute names of vLLM's CompletionOutput.
+
+    ``logprobs`` has one list of log-probabilities per position. If ``logprobs=0`` was requested,
+    the list has one value, that of the sampled token. If ``logprobs=k`` was requested, the list has
+    the values of the k most likely tokens and of the sampled token, the largest value first.
     """
 
     index: int

@@ -367,8 +367,8 @@ def targeted_experts(settings: LoraSettings, model: PreTrainedModel) -> frozense
 
 
 def refuse_experts(expert_targets_found: frozenset[str], where: str) -> None:
-    """Raise UnsupportedError if ``expert_targets_found``, the expert layers that the adapter
-    targets, is not empty. The caller has checked that the model has an engine.
+    """Raise UnsupportedError if the adapter targets experts. ``expert_targets_found`` has the names
+    of these targets. The caller has checked that the model has an engine.
     """
     if expert_targets_found:
         names = ", ".join(name for name in MLP_PROJECTIONS if name in expert_targets_found)

@@ -62,10 +62,9 @@ def fix_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
     """Make ``tokenizer`` pad on the left, and choose its pad token. Set the pad id also in the
     configs of ``model``.
 
-    Generation from a batch needs left padding. The pad token is a token of the vocabulary that does
-    not end a sequence, if there is one. If it also ended sequences, the loss would exclude the end
-    of each completion. No token is added to the vocabulary, because that would change the
-    embeddings.
+    Generation from a batch needs left padding. If possible, the pad token is a token that does not
+    end a sequence. If the pad token also ended sequences, the loss would exclude the end of each
+    completion. No token is added to the vocabulary, because that would change the embeddings.
     """
     tokenizer.padding_side = "left"
     end_token_ids = end_ids(tokenizer, model)

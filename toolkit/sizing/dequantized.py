@@ -27,8 +27,9 @@ MIN_COPY_SHARE = 0.1
 
 
 def all_copies_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The bytes that 16-bit copies of all 4-bit linear layers in the engine need; 0 if the engine
-    has no such layers. Routed experts are never copied, because they have their own kernels.
+    """The size in bytes of 16-bit copies of all 4-bit linear layers in the engine. The size is 0 if
+    the engine has no such layers. Routed experts are never copied, because they have their own
+    kernels.
     """
     quantization = plan.quantization
     if (

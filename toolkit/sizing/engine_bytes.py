@@ -1,10 +1,11 @@
-"""Compute all memory of the engine except its KV cache: the weights, LoRA buffers, the activations
-of vLLM's profiling run, the sampler, CUDA graphs, and the runtime.
+"""Compute the memory of the engine without its KV cache. It is the sum of these terms: the weights,
+LoRA buffers, the activations of vLLM's profiling run, the sampler, CUDA graphs, and the runtime.
 
-Written for vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``). vLLM may use
-gpu_memory_utilization x total memory. The KV cache gets this amount minus the memory that this
-module computes. After profiling, the memory of the activations and the sampler is returned to
-torch's allocator, and training in the same process can use it. The rest stays in use.
+Written for vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``). The engine may use
+at most gpu_memory_utilization x total memory. vLLM subtracts the terms from this limit, and gives
+the rest to the KV cache. After profiling, the memory of the activations and the sampler goes back
+to torch's allocator, and training in the same process can use it. The memory of the other terms
+stays in use.
 """
 
 from __future__ import annotations
@@ -178,8 +179,9 @@ def kv_sequence_bytes(spec: ModelSpec, plan: EnginePlan, tokens: int) -> int:
 
 
 def kv_shared_bytes(spec: ModelSpec, plan: EnginePlan, prompt_tokens: int) -> int:
-    """The KV bytes that each further completion of the same prompt does not need again, because
-    prefix caching stores the shared blocks only once. The prompt has ``prompt_tokens`` tokens.
+    """The KV bytes of a prompt that all its completions share. Prefix caching stores these bytes
+    only once, so each completion after the first needs so many bytes less. The prompt has
+    ``prompt_tokens`` tokens.
     """
     return kv_bytes.shared_bytes(
         spec, prompt_tokens, kv_element_bytes(plan), block_tokens=plan.block_tokens

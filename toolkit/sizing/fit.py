@@ -1,5 +1,5 @@
-"""Check whether one candidate (an engine plan and a step plan) fits on one card. Compute its memory
-terms, and the possible range of gpu_memory_utilization, which is called u here.
+"""Check whether one candidate (an engine plan and a step plan) fits on one card. Compute the memory
+terms of the candidate, and the smallest and the largest possible gpu_memory_utilization (u).
 
     u_min = (weights + LoRA + tables + runtime + graphs + activations + KV of one sequence) / total
 
@@ -9,9 +9,11 @@ u_max is the largest u for which the memory of both phases fits into the free me
     training  context + u x total - activations that the engine freed + what the trainer keeps
               + the tensors of a training step
 
-With KV sleep, the KV cache is freed while training. The sum for training then contains no cache,
-and does not grow with u. The sum for rollouts then includes the margin of a training step, because
-torch keeps memory reserved after the step.
+With KV sleep, the KV cache is freed while training. Then the training sum has the engine's memory
+without the KV cache in place of u x total, so it does not depend on u.
+
+With KV sleep or 16-bit copies of 4-bit weights, the rollout sum also has the margin of a training
+step. The reason is that torch keeps memory of a step reserved after this step.
 """
 
 from __future__ import annotations

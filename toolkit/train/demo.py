@@ -186,7 +186,7 @@ def build_demo(folder: Path, *, engine: str, seed: int, print_line: Callable[[st
 
 def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
     """Split ``problems`` into (held out, the rest). ``count`` problems are held out: the first
-    ones with a carry and the first ones without a carry, half of each kind.
+    ``count // 2`` problems with a carry, and the first problems without a carry.
     """
     with_carry = [p for p in problems if answer(p) != answer_without_carry(p)][: count // 2]
     without_carry = [p for p in problems if answer(p) == answer_without_carry(p)][

@@ -250,9 +250,9 @@ class _Heartbeats:
         self._last_tick = now
 
     def record(self, counters: dict[int, int]) -> None:
-        """Record a sign of life of each process whose counter has changed: the current time of the
-        clock. ``counters`` maps the rank of each process to watch to its counter. All other
-        processes are forgotten.
+        """If the counter of a process has changed, record the clock's current time as the last sign
+        of life of this process. ``counters`` has the counter of each watched process, by rank. A
+        process that is not in ``counters`` is forgotten.
         """
         previous = self._last_changes
         self._last_changes = {
@@ -295,8 +295,8 @@ def _run_in_thread(call: Callable[[], T]) -> Future[T]:
 
 
 def is_peer_lost(error: BaseException | None) -> bool:
-    """True if ``error`` or one of its causes only means that another process does not answer or
-    has run out of memory. The other process then reports the reason.
+    """True if ``error`` or one of its causes says that another process does not answer or has run
+    out of memory. In this case this process has no reason to report, but the other process has.
     """
     while error is not None:
         is_connection_error = type(error) is RuntimeError or isinstance(

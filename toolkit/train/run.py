@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 
 class ProcessControl(NamedTuple):
-    """What can end a run early: a signal, another process, or (first rank) a lost run folder."""
+    """What can end a run early: signals, other processes, and (on rank 0) a lost run folder."""
 
     signals: StopSignals
     peers: Peers | None

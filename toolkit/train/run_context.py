@@ -174,8 +174,8 @@ def write_results(
     base_check: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapter, the evaluation and the report, and print their results and paths. With
-    full fine-tuning, write the model instead of the adapter. ``base_check`` is the trainer's
-    checksum of the base weights, which is added to the manifest.
+    full fine-tuning, write the model instead of the adapter. ``base_check`` is the result of
+    the trainer's check of the base weights, which is added to the manifest.
     """
     if base_check is not None:
         manifest.add_entries(context.run_dir, base=dict(base_check))

@@ -342,9 +342,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         return clip_split_grad_norm(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: PreTrainedModel, grad_norm: Any = None) -> Any:
-        """Return the gradient norm as transformers does. If the loss or the norm is NaN or
-        infinite, the optimizer step is skipped. transformers calls this method directly before
-        that step.
+        """Return the gradient norm as transformers does. transformers calls this method directly
+        before each optimizer step. If the loss or the norm is NaN or infinite, the step is
+        skipped.
         """
         if grad_norm is None and current_mesh() is not None:
             grad_norm = clip_split_grad_norm(model.parameters(), math.inf)

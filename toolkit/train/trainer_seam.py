@@ -189,8 +189,8 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         return rewards
 
     def completion_metric_counts(self) -> dict[str, int]:
-        """Map each of TRL's metrics of completions to the number of its values since the last log
-        row.
+        """Return a mapping from the name of each TRL metric of the completions to the number of
+        values that the metric has got since the last log row.
         """
         values = self.train_metric_values
         return {name: len(values[name]) for name in values if name.startswith(COMPLETION_METRICS)}
@@ -284,8 +284,8 @@ class MemoryPeaks(Protocol):
 
 
 class TrainerSeam(Protocol):
-    """The attributes of the trainer that other modules may use. This class and the types of its
-    attributes are protocols, so that this module need not import the modules that use it.
+    """The attributes of the trainer that other modules may use. This class is a protocol, because
+    the trainer's module imports the other modules, and modules must not import in a cycle.
 
     Attributes without a comment are public attributes of TRL or transformers.
     """

@@ -153,11 +153,11 @@ def attention_fits_machine(run: Run) -> Iterator[RuleViolation]:
 def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """fp16 needs a GPU.
 
-    Without a GPU there is no float16 mixed precision and no loss scaling. The finding is an error
-    if the vLLM engine samples in another format than float16. Without a GPU the vLLM engine samples
-    in float32 unless model.dtype is set. In the other cases the finding is a warning: fp16 has no
-    effect on a float32 model, and a float16 model is trained without loss scaling. `envcheck
-    validate` checks the rule only with --gpu.
+    Without a GPU there is no float16 mixed precision and no loss scaling. If model.dtype is not
+    set, a vLLM engine without a GPU samples in float32. The finding is an error if a vLLM engine
+    samples in another format than float16. Otherwise the finding is a warning: fp16 has no effect
+    on a float32 model, and a float16 model is trained without loss scaling. `envcheck validate`
+    checks the rule only with --gpu.
     """
     device = run.situation.device
     if device is None or device.compute_capability is not None or not run.value("grpo.fp16"):

@@ -95,8 +95,8 @@ _CHOOSE_ENGINE = "set runtime.engine to choose the engine"
 
 
 def _keyword_fix(run: Run, node: Node, problem: Problem) -> Fix:
-    """The fix of ``problem``. --fix can correct a misspelled keyword if its value is valid for the
-    keyword with the correct spelling.
+    """The fix of ``problem``. If a keyword is misspelled and its value is valid for the correct
+    keyword, --fix can correct the spelling.
     """
     intended_name = problem.suggestion
     if intended_name is None or any(

@@ -51,9 +51,9 @@ def bytes_used_by_others(gpu: GpuSnapshot) -> int | None:
 
 
 def find_display_programs(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
-    """Return a name for the programs that draw the display ("the display", or "Windows and its
-    programs" with WSL), if they use most of the memory that other processes use. Otherwise return
-    None. This memory does not become free by waiting.
+    """Return a name for the programs that draw the display: "the display", or "Windows and its
+    programs" with WSL. Return None if these programs do not use most of the memory that other
+    processes use. These programs keep their memory, so waiting does not help a job that needs it.
     """
     used_by_others = bytes_used_by_others(gpu) or 0
     if used_by_others <= NEGLIGIBLE_BYTES:

@@ -83,7 +83,7 @@ def begin_branch(
     Only the first rank calls this, after all checks that can reject the run. Raises OSError.
     """
     if checkpoint_dir is None:
-        said = _restart(run_dir, bad_rewards_bytes) if with_logs else ()
+        said = _abandon_earlier_start(run_dir, bad_rewards_bytes) if with_logs else ()
         branch = branches.Branch()
         branches.record_branch(run_dir, branch)
         return RunStart(branch, notes=said)
@@ -126,10 +126,12 @@ def begin_branch(
     )
 
 
-def _restart(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...]:
-    """Move the files of an earlier start into ``abandoned-<n>`` if the folder has no checkpoint.
-    The earlier start was stopped before its first checkpoint, or a user removed the checkpoints.
-    Return the messages for the user.
+def _abandon_earlier_start(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...]:
+    """Move the files of an earlier start of the run into ``abandoned-<n>``. Return the messages for
+    the user.
+
+    Called if the run folder has no checkpoint. Then the earlier start was stopped before its first
+    checkpoint, or a user has removed its checkpoints.
     """
     logs = [_RecordedLog(name, 0, None) for name in _log_names(run_dir, None)]
     old_branch = branches.current_branch(run_dir)

@@ -26,12 +26,13 @@ RETURN_LIST_FIX = "return a list with one number (or None) for each completion"
 
 
 def wrap_reward_funcs(reward_funcs: Any) -> Any:
-    """Check ``reward_funcs``, the argument of a trainer. Return it with each function wrapped in a
-    function that checks its results.
+    """Check ``reward_funcs``, the argument of a trainer. Return ``reward_funcs`` with a wrapper in
+    place of each reward function.
 
-    The parameters of a function are checked now, and its results at each call. Reward models and
-    names of models are returned unchanged. An exception of a function is raised unchanged. TRL
-    itself checks the number of the returned values.
+    The parameters of a reward function are checked now. At each call, the wrapper calls the reward
+    function and checks the values that it returns. TRL itself checks the number of these values.
+    An exception of a reward function is raised unchanged. Reward models and names of models are
+    returned unchanged.
 
     Raises:
         ConfigTypeError: a function does not accept every keyword argument, or a reward is not a

@@ -130,10 +130,10 @@ class Generation:
         rewards: torch.Tensor,
         round_of: list[int],
     ) -> None:
-        """Draw groups of other prompts in rounds. Replace the groups with the indices
-        ``groups_without_signal`` (all rewards equal) by drawn groups whose rewards differ. End when
-        all these groups are replaced, when the maximum number of rounds is reached, or when all
-        prompts of the dataset were drawn.
+        """Draw groups of other prompts in rounds. Each group in which all rewards are equal is
+        replaced by a drawn group whose rewards differ. ``groups_without_signal`` has the indices of
+        the groups to replace. End when all these groups are replaced, when the maximum number of
+        rounds is reached, or when all prompts of the dataset were drawn.
 
         Three arguments are changed in place: the completions of this rank (``local``), the rewards
         of all ranks (``rewards``), and the round in which each completion of this rank was drawn

@@ -96,10 +96,10 @@ def check_generation_kwargs(model: PreTrainedModel, config: Any, *, tools: bool 
     """Check that the library that samples for ``model`` supports every keyword in
     ``generation_kwargs``.
 
-    The messages are the same as for a run file. Some keywords change the sampled distribution, and
-    the training pass cannot apply them. Without a vLLM engine no importance weights correct the
-    difference, so a warning is printed here. With an engine,
-    ``importance_sampling.warn_of_collapse`` warns if the difference is large.
+    The messages are the same as for a run file. Some keywords change the distribution from which
+    tokens are sampled, and the training pass does not apply these keywords. Without a vLLM engine,
+    no importance weights correct the difference, so this function warns of such a keyword. With a
+    vLLM engine, ``importance_sampling.warn_of_collapse`` warns later if the difference is large.
 
     Raises:
         ConfigValueError: a keyword is not supported. The message names the first such keyword.

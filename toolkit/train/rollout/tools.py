@@ -50,8 +50,8 @@ class StopRun(BaseException):
 
 
 class Tool(dict[str, Any]):
-    """A tool that the model can call. As a mapping it is the JSON schema of the tool, which the
-    chat template reads. TRL 1.16 calls it as a function.
+    """A tool that the model can call. The object is a dict and a function at the same time. The
+    dict is the tool's JSON schema, which the chat template reads. TRL 1.16 calls the function.
     """
 
     def __init__(

@@ -194,8 +194,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         raise NotImplementedError
 
     def _padded_pass(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        """Compute log-probabilities with TRL's padded pass: those of the policy, the old policy or
-        the reference. They are taken under the distribution that the completions were sampled from.
+        """Compute the log-probabilities of the policy, the old policy or the reference with TRL's
+        padded pass. The log-probabilities are those of the distribution that the completions were
+        sampled from.
         """
         with sampled_head_installed(self, model):
             return self._trl_pass(model, *args, **kwargs)

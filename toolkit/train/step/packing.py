@@ -62,7 +62,7 @@ class Pack:
 
     ``ids_N``, ``positions_N`` and ``labels_N`` have the shape (N) and are on the device.
     ``indices_M`` are the indices of the M labelled tokens in the pack. ``targets_M`` are the
-    indices of the same tokens in the completions of the padded batch, flattened to B * T.
+    indices of the same tokens in the padded completions (B, T), after these are flattened to B * T.
     """
 
     layout: PackedLayout
