@@ -75,7 +75,8 @@ NON_LEARN_OPTIONS = {"shape", "workload", "prompt_tokens", "mean_tokens", "profi
 @click.option(
     "--gpu-memory-utilization",
     type=float,
-    help="Share of the card for the engine. The toolkit uses less if its KV cache needs less.",
+    help="Share of the card's memory that the engine may use. The toolkit's engine uses less if "
+    "its KV cache needs less.",
 )
 @click.option("--load-in-4bit/--load-in-16bit", default=None)
 @click.option(

@@ -103,10 +103,10 @@ def check(
 ) -> None:
     """Check that this node can run the job.
 
-    The command only reads and needs no privileges. Exit codes: 0 the node can run the job; 1 the
-    run file or the options must change; 3 this node is bad; 4 try again later; 5 (with --strict) a
-    check could not be completed. With --node, only a bad node (3) is a failure. A run that needs no
-    GPU passes on a node without a GPU.
+    The command changes nothing on the node, and it needs no privileges. Exit codes: 0 the node can
+    run the job; 1 the run file or the options must change; 3 this node is bad; 4 try again later; 5
+    (with --strict) a check could not be completed. With --node, only a bad node (3) is a failure. A
+    run that needs no GPU passes on a node without a GPU.
     """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.check_request import check_node  # noqa: PLC0415 - as above

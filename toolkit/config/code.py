@@ -61,9 +61,9 @@ def find_name(
     module: str, name: str, folder: Path, path: Sequence[str] | None = None
 ) -> FunctionFacts:
     """Look for ``name`` in the source code of ``module``. ``name`` can be any name that the module
-    defines or imports, such as a class or ``__all__``. The ``problem`` of the result says why the
-    name was not found; None if it was found. ``path`` is the Python path to search; None means that
-    of this interpreter.
+    defines or imports, such as a class or ``__all__``. If the name was not found, the ``problem``
+    of the result says why. ``path`` is the Python path to search. If ``path`` is None, the Python
+    path of this interpreter is searched.
     """
     parsed = _parse_module(module, name, folder, path)
     if isinstance(parsed, FunctionFacts):

@@ -68,10 +68,10 @@ def parse_source(source: Source) -> Document:
 
 
 def _merge_base(document: Document, chain: list[Path], root: Path) -> None:
-    """Merge ``document`` over its base file, the file that its key ``extends`` names. A base file
-    is first merged over its own base file, if it has one. All base files must be in or below the
-    folder ``root``, or a folder that TOOLKIT_EXTENDS_FROM lists. ``chain`` lists the files that
-    were loaded so far.
+    """Merge ``document`` over its base file. The key ``extends`` of a file contains the path of its
+    base file. If a base file has its own base file, those two are merged first. All base files must
+    be in or below the folder ``root``, or a folder that TOOLKIT_EXTENDS_FROM lists. ``chain`` lists
+    the files that were loaded so far.
     """
     node = document.root.value.pop("extends", None)
     if node is None:

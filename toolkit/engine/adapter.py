@@ -8,7 +8,7 @@ of the stacked tensors do not change, so captured CUDA graphs stay valid.
 The scaling of an adapter is alpha/r, or alpha/sqrt(r) with rsLoRA (arXiv 2106.09685, 2312.03732).
 The copy multiplies the LoRA matrix B by the scaling, in the trainer's dtype. So vLLM must not scale
 B again, and gets alpha = r. With another alpha, ``LoRALayerWeights.optimize`` of vLLM would
-multiply the lora_B that it gets by alpha/r, in place. The scaling is not left to vLLM, because
+multiply the tensor lora_B in place by alpha/r. The scaling is not left to vLLM, because
 before 0.31 vLLM ignores rsLoRA when it packs expert layers.
 """
 

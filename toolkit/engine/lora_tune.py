@@ -5,8 +5,8 @@ for each kernel, layer shape and batch size. It starts from vLLM's own configura
 value at a time. A changed configuration is kept only if it is faster and computes the same result.
 Batches of more than ``MAX_TUNED_TOKENS`` tokens keep vLLM's configuration. The search sets a
 configuration through vLLM's own table files (``engine.lora_tables``). It times the kernel in a
-captured CUDA graph over the weights of many layers, so that the weights are not in the GPU's cache,
-as in decode steps.
+captured CUDA graph. In decode steps, the weights of the kernel are not in the GPU's cache. So the
+graph uses the weights of many layers, which do not fit into this cache.
 """
 
 from __future__ import annotations

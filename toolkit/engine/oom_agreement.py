@@ -50,8 +50,8 @@ class PeerOutOfMemoryError(RuntimeError):
 
 
 def watch_peers() -> None:
-    """Begin to exchange flags before each collective call, until the current ``repeatable_phase``
-    ends. With its flag, each process tells the other processes of the group whether it ran out of
+    """From now until the current ``repeatable_phase`` ends, the processes of the group exchange
+    flags before each collective call. The flag of a process says whether this process ran out of
     memory. Every process of the group must call this function at the same point.
     """
     global _is_watching

@@ -191,10 +191,11 @@ def build_rollout(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOut
 
 def unpack_logprobs(flat: FlatLogprobs) -> tuple[list[list[float | None]], list[list[int]]]:
     """Return the log-probabilities of one sequence and their token ids, both as nested lists
-    [position][rank]. Rank 0 is the most likely token.
+    [position][index]. As in TRL, each position has each token only once, and its tokens are ordered
+    by probability, the most likely token first.
 
-    vLLM lists the sampled token first and then the k most likely tokens, which may contain the
-    sampled token again. As in TRL, the result has each token once, ordered by probability.
+    In vLLM's lists, a position has the sampled token first and then the k most likely tokens, which
+    may contain the sampled token again.
     """
     size = len(flat.logprobs)
     # Usually each position has one token, and sorting is not needed.

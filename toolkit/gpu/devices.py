@@ -148,8 +148,8 @@ def in_mig_mode(gpu: GpuSnapshot) -> bool:
 
 
 def select_device(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | None:
-    """Return the device that CUDA numbers ``index``; without an ``index``, device 0. Return None if
-    CUDA sees no GPU.
+    """Return the device that has the number ``index`` in CUDA. Without an ``index``, return
+    device 0. Return None if CUDA sees no GPU.
 
     Raises ConfigError if CUDA sees GPUs, but none with the number ``index``.
     """

@@ -174,8 +174,8 @@ def fused_slice(
     tensors: EngineTensors,
 ) -> Slice:
     """Return the slice of the fused tensor ``source`` that belongs to the layer ``layer_name``,
-    such as q_proj. ``parts`` has the names of the fused layers, and ``shapes`` the shapes of their
-    tensors, in the order of their rows in ``source``.
+    such as q_proj. ``parts`` are the names of the fused layers. ``shapes`` are the shapes of the
+    tensors of these layers. Both lists have the order of the rows in ``source``.
 
     Raises:
         UnsupportedError: the model lacks one of the fused layers, or the shapes do not add up to

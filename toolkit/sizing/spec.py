@@ -34,8 +34,8 @@ def read_spec(model: str, revision: str | None = None) -> ModelSpec:
     """Return the description of a model that is given as a folder, a config.json, or a cached hub
     id.
 
-    Raises InputError if files are missing or broken. Raises UnsupportedError if the architecture is
-    unknown and the model has no safetensors headers, which could give the sizes.
+    Raises InputError if files are missing or broken. If the architecture is unknown, the sizes are
+    read from the safetensors headers. Raises UnsupportedError if there are no such headers.
     """
     files = find_model(model, revision)
     values = read_json(files.config)

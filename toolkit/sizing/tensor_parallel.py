@@ -1,5 +1,5 @@
 """Size a model that is split over several cards: describe the part of the model on one card as a
-ModelSpec, and collect the facts that decide over how many cards the model can be split.
+ModelSpec, and collect the facts that limit the number of cards.
 
 vLLM splits q, k, v, gate, up and the vocabulary tables by rows, and o and down by columns. Every
 card has all norms. If there are fewer KV heads than cards, several cards have the same head (vLLM

@@ -135,7 +135,7 @@ def is_bitsandbytes(quantization: Quantization | None) -> bool:
 
 
 def dequantized_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The bytes of the largest weight of the base model in 16 bits, if the base model is quantized.
+    """The bytes of the largest weight of a quantized base model after it is dequantized to 16 bits.
     Each matrix product dequantizes one weight.
     """
     largest = max(

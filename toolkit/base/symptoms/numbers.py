@@ -102,12 +102,12 @@ def _tenant(symptom: Symptom, held_gib: dict[str, float], total: float) -> Sympt
     )
 
 
-def free_share(symptom: Symptom, match: re.Match[str], context: str) -> Symptom:
+def largest_utilization(symptom: Symptom, match: re.Match[str], context: str) -> Symptom:
     """Read the free and the total memory of the card from the error text. Add to the remedy the
     largest gpu_memory_utilization that fits.
 
-    The remedy advises to wait for another process only if such a process uses much of the card's
-    memory.
+    If other processes use much of the card's memory, the remedy also says to wait for the process
+    or to end it.
     """
     del match
     amounts = re.search(r"\(\s*([\d.]+)\s*/\s*([\d.]+)\s*GiB\)", context[:300])

@@ -58,7 +58,7 @@ grpo:
     fix="gradient_accumulation_steps: 8, or num_generations: 2",
 )
 def group_size_divides_batch(run: Run) -> Iterator[RuleViolation]:
-    """num_generations divides the generation batch.
+    """The generation batch is a multiple of num_generations.
 
     A generation batch is the completions that all processes draw together before they train. Its
     size is generation_batch_size. If this key is not set, the size is per_device_train_batch_size x
@@ -94,7 +94,8 @@ def group_size_divides_batch(run: Run) -> Iterator[RuleViolation]:
     related = tuple(path for path in (key_to_fix, MICRO_BATCH_SIZE) if path != GROUP_SIZE)
     yield RuleViolation(
         GROUP_SIZE,
-        f"{group} completions per prompt do not divide the generation batch of {batch} completions",
+        f"the generation batch of {batch} completions is not a multiple of {group} completions per "
+        "prompt",
         notes=(f"batch = {formula}",),
         fixes=tuple(sorted(fixes, key=lambda fix: not fix.edits)),
         related=related,
@@ -228,7 +229,7 @@ grpo:
     fix="per_device_eval_batch_size: 8",
 )
 def group_size_divides_eval_batch(run: Run) -> Iterator[RuleViolation]:
-    """num_generations_eval divides the evaluation batch of all processes.
+    """The evaluation batch of all processes is a multiple of num_generations_eval.
 
     If num_generations_eval is not set, num_generations is used. The rule applies only if
     eval_strategy or eval_on_start turns evaluation on.
@@ -250,7 +251,8 @@ def group_size_divides_eval_batch(run: Run) -> Iterator[RuleViolation]:
         fixes.append(run.set_fix("grpo.num_generations_eval", nearest_group_size))
     yield RuleViolation(
         size_key,
-        f"{group} completions per prompt do not divide the evaluation batch of {batch} completions",
+        f"the evaluation batch of {batch} completions is not a multiple of {group} completions per "
+        "prompt",
         notes=(
             f"batch = {run.describe(size_key)} x {describe_replicas(run)}; "
             f"group = {run.describe(key)}",

@@ -123,8 +123,8 @@ def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
 
 def _is_module(run: Run, leaf: str) -> bool:
     """Whether ``leaf`` is the name of a module of the model. If the names of the modules are not
-    known, the result is True. For a normalization layer the result is False, because LORA028
-    reports it.
+    known, the result is True. For a normalization layer the result is always False, so that only
+    the rule LORA028 reports this layer.
     """
     modules = run.model.weight_modules if run.model is not None else None
     if leaf.lower().endswith("norm"):

@@ -85,7 +85,8 @@ def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
     fix='optim_args: "momentum=0.9"',
 )
 def optimizer_knows_its_arguments(run: Run) -> Iterator[RuleViolation]:
-    """optim_args contains name=value pairs, separated by commas. The optimizer reads every pair.
+    """optim_args contains name=value pairs, separated by commas. Each name must be an argument that
+    the optimizer reads.
 
     transformers silently ignores pairs that the optimizer does not read. The learning rate and
     AdamW's betas, epsilon and weight decay have their own keys in grpo.

@@ -1,5 +1,6 @@
-"""The input of a rule: the values in the run file with their positions, the defaults, and the facts
-of the model and the adapter if they are on this machine.
+"""The input of a rule: the values in the run file with their positions, and the defaults. If the
+model is on this machine, the input also contains the model's facts. The same is true for the
+adapter.
 """
 
 from __future__ import annotations

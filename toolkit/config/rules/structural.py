@@ -123,7 +123,7 @@ RULE_TEXTS: dict[str, RuleText] = {
     "DOC014": RuleText(
         "The file can be read, and is UTF-8 text.",
         "`envcheck validate` ends with exit code 2 if the file is missing, is a folder, cannot be "
-        "read because of its permissions, is too large, or has another encoding.",
+        "read because of its permissions, is too large, or has an encoding other than UTF-8.",
         "envcheck validate missing.yaml",
         "name an existing file",
     ),

@@ -196,11 +196,11 @@ def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
     fix="optim: adamw_torch_fused",
 )
 def optimizer_can_be_split(run: Run) -> Iterator[RuleViolation]:
-    """With tensor_parallel_size above 1, the optimizer updates each value independently.
+    """tensor_parallel_size above 1 needs an optimizer that updates each value independently.
 
     Each process updates only a part of the adapter. Some optimizers use whole rows or columns
-    (adafactor), blocks of values (8-bit optimizers) or the norm of a tensor. Their step would
-    differ from the step in a single process.
+    (adafactor), blocks of values (8-bit optimizers) or the norm of a tensor. The step of such an
+    optimizer would differ from its step in a single process.
     """
     if not _may_be_split(run) or run.engine == "transformers":
         return

@@ -205,7 +205,7 @@ class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is
             self.recorder.start()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Called at the end of an optimizer step. In the last step, this stops the profiler."""
+        """Called at the end of every optimizer step. The last of these calls stops the profiler."""
         if self.recorder is not None and self.step == self.last:
             self.recorder.stop()
         self.step += 1

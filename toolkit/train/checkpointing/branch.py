@@ -114,8 +114,8 @@ def abandoned_steps(run_dir: Path, before: Branch, after: Branch) -> list[int]:
     """Return the steps of the checkpoints that no longer belong to the run when its branch changes
     from ``before`` to ``after``.
 
-    Such a checkpoint was written by ``before``, or by a parent of ``before`` or ``after``. It does
-    not belong to ``after`` (``Branch.contains``).
+    Such a checkpoint was written on one of these two branches, or on a parent of one of them. It
+    does not belong to the new branch ``after`` (``Branch.contains``).
     """
     run_branches = before.all_names | after.all_names
     return [

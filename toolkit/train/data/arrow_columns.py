@@ -90,8 +90,8 @@ def _maps_to_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _field_name_with_nul(arrow_type: pa.DataType) -> str | None:
-    """Return the first field name inside the type ``arrow_type`` that contains a NUL character;
-    None if there is no such name.
+    """Search the type ``arrow_type`` and its nested types for fields. Return the first field name
+    with a NUL character; None if no field name has one.
     """
     for index in range(arrow_type.num_fields):
         field = arrow_type.field(index)

@@ -195,8 +195,8 @@ def _load_environment_data(
 
 @contextmanager
 def _prefix_error_location(key: str) -> Iterator[None]:
-    """If the block raises a ToolkitError, put ``key`` before its location. ``key`` is the key of
-    the run file that names the data.
+    """If the ``with`` block raises a ToolkitError, put ``key`` before the location in the error.
+    ``key`` is the key of the run file that names the data.
     """
     try:
         yield

@@ -124,8 +124,8 @@ def _read_rows(path: Path, broken: list[str]) -> Iterator[dict[str, Any]]:
 def _read_rows_with_offsets(path: Path, broken: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (byte offset, row) for every line that is a JSON object.
 
-    Other lines are skipped. If there are such lines, the file and their number are added to the
-    list ``broken``.
+    Other lines are skipped. At the end, one text is added to the list ``broken`` if lines that are
+    not blank were skipped. The text has the name of the file and the number of these lines.
     """
     bad_lines = 0
     try:

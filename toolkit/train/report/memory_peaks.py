@@ -94,10 +94,10 @@ class CudaStatistics:
 class PhasePeaks:
     """The memory peaks of a run so far, in bytes. Call ``begin`` after the model is loaded.
 
-    ``rollout`` and ``training`` are the peaks of torch's allocator in the two phases. For each
-    training phase, the memory that is still allocated at its end is subtracted from its peak.
-    ``step`` is the largest of these differences. ``on_card`` is the peak of the memory use of the
-    GPU, including other processes.
+    ``rollout`` and ``training`` are the peaks of torch's allocator in the two phases. ``step`` is
+    the memory that training needs only temporarily: the peak of a training phase, minus the memory
+    that is allocated at the end of the phase. The phase with the largest difference counts.
+    ``on_card`` is the peak of the memory use of the GPU, including other processes.
     """
 
     statistics: Statistics

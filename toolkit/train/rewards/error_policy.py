@@ -87,7 +87,7 @@ class GuardedReward:
     def score_batch(self, batch: Batch) -> list[Score]:
         """Call the reward function. If it fails, find the failing samples and apply the policy.
 
-        With the policy ``none``, the share of failed samples is logged as a metric.
+        If ``policy.on_error`` is "none", the share of failed samples is logged as a metric.
         """
         batch = batch._replace(columns=with_safe_log_functions(batch.columns))
         try:

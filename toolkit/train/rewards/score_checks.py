@@ -2,7 +2,7 @@
 errors.
 
 The values are not trusted. Their ``__repr__``, ``__str__``, ``__float__``, ``__len__`` and
-``tolist`` are code of the reward and may raise or return megabytes.
+``tolist`` are code of the reward. These methods may raise exceptions, or return megabytes.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ _FUNCTION_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callable[..., Any]:
     """The reward function at ``module:name``.
 
-    Raises ConfigError as ``load_code`` does, or if TRL cannot call the function with its
-    parameters.
+    Raises ConfigError as ``load_code`` does, or if the function does not accept the keyword
+    arguments that TRL passes.
     """
     function = load_code(name, allow_code, folder)
     check_signature(name, function)

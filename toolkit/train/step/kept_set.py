@@ -113,20 +113,20 @@ class TokenHistory:
         return first_BV.scatter_reduce_(1, self._ids_BL, positions_BL, "amin")
 
     def seen_mask(self, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        """Return an (N, V) bool tensor: whether a token of the vocabulary occurs in the prompt, or
-        in the completion before position ``positions_N``.
+        """Return an (N, V) bool tensor. Entry (n, v) says whether the token id v occurs in the
+        prompt of row ``rows_N[n]``, or in its completion before position ``positions_N[n]``.
         """
         return self._first_BV[rows_N] < positions_N[:, None]
 
     def drawn_mask(self, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        """Return an (N, V) bool tensor: whether a token of the vocabulary occurs in the completion
-        before position ``positions_N``.
+        """Return an (N, V) bool tensor. Entry (n, v) says whether the token id v occurs in the
+        completion of row ``rows_N[n]`` before position ``positions_N[n]``.
         """
         return self._first_drawn_BV[rows_N] < positions_N[:, None]
 
     def drawn_counts(self, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        """Return an (N, V) float32 tensor: how often a token of the vocabulary occurs in the
-        completion before position ``positions_N``.
+        """Return an (N, V) float32 tensor. Entry (n, v) says how often the token id v occurs in
+        the completion of row ``rows_N[n]`` before position ``positions_N[n]``.
         """
         positions_L = torch.arange(self._ids_BL.shape[1], device=positions_N.device)
         counted_NL = self._drawn_BL[rows_N] & (positions_L < positions_N[:, None])
