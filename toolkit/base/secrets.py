@@ -85,8 +85,9 @@ def find_secret(text: str) -> str | None:
 
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """Return ``text`` with every secret replaced by ``[redacted: kind]``. ``environ`` is the
-    environment whose secrets are removed, by default that of this process.
+    """Return ``text`` with every secret replaced by ``[redacted: kind]``. A secret is recognised by
+    its pattern, or because it is the value of a secret variable in ``environ``. If ``environ`` is
+    None, the environment of this process is used.
     """
     secrets = _secrets_of_process() if environ is None else _secrets_in(frozenset(environ.items()))
     for name, value in secrets:

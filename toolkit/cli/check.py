@@ -173,8 +173,8 @@ def format_results(
 
 
 def readiness_text(snapshot: NodeSnapshot, context: CheckContext) -> str:
-    """Return the runs that the node is ready for, if no check failed. A node without a GPU is ready
-    only for runs on the CPU.
+    """Return a text for a node on which no check failed: for which runs the node is ready. A node
+    without a GPU is ready only for runs on the CPU.
     """
     from toolkit.gpu.devices import visible_devices  # noqa: PLC0415 - after parsing
 

@@ -310,9 +310,9 @@ def find_problem(
     name: str, value: object, engine: Engine, *, multi_turn: bool = False
 ) -> Problem | None:
     """Check one entry of ``generation_kwargs``: the sampling keyword ``name`` and its ``value``.
-    ``engine`` is the engine of the training run. Return why the entry is refused; None if it is
-    accepted. ``multi_turn`` says whether a completion can have several turns (tools). If it can,
-    the engine's own length limit (such as ``max_tokens``) is accepted as the limit of one turn.
+    Return why the entry is refused; None if it is accepted. ``engine`` is the engine of the run.
+    ``multi_turn`` says whether a completion can have several turns (tools). If so, the engine's own
+    length limit (such as ``max_tokens``) is accepted as the limit of one turn.
     """
     keyword = KEYWORDS[engine].get(name)
     if keyword is None:

@@ -234,8 +234,8 @@ def architecture_problem(
 ) -> Problem | None:
     """Return the reason why the model of this config.json cannot be trained; None if it can.
 
-    ``known`` says whether the installed transformers has the model's model_type, and ``causal``
-    says whether it has a causal language model of that type (None: unknown).
+    ``known`` says whether the installed transformers has the model's model_type. ``causal`` says
+    whether transformers has a causal language model of that model_type. None means unknown.
     """
     model_type, has_own_code = config.get("model_type"), isinstance(config.get("auto_map"), dict)
     if is_multimodal(config):

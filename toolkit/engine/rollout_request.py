@@ -74,10 +74,10 @@ class Rollout:
     1.16).
 
     Each of the four lists has ``len(prompts) * n`` entries, and the n completions of a prompt are
-    adjacent. ``logprobs`` and ``logprob_token_ids`` are nested lists [sequence][position][rank],
-    where rank 0 is the most likely token. With ``Sampling.logprobs`` 0 a position has only the
-    sampled token. These two lists are None if no log-probabilities were requested. A
-    log-probability that is NaN becomes None.
+    adjacent. ``logprobs`` and ``logprob_token_ids`` are nested lists [sequence][position][token].
+    If ``Sampling.logprobs`` is 0, each position has one token, the sampled token. If it is above 0,
+    each position has several tokens, the most likely token first. If it is None, the two lists are
+    None. A log-probability that is NaN becomes None.
     """
 
     prompt_ids: list[list[int]]

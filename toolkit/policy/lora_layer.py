@@ -117,9 +117,9 @@ def _make_lora_layer(target: Any, adapter_name: str, *, config: Any, **kwargs: A
     own class.
 
     This package has LoRA layers for a plain ``nn.Linear``, a 4-bit linear layer, and a linear layer
-    that is split over processes. PEFT chooses its own class for every other layer, such as another
-    subclass of ``nn.Linear``. PEFT also chooses it for a layer that a hook of accelerate moves
-    between devices.
+    that is split over processes. PEFT must choose its own class for every other layer, such as
+    another subclass of ``nn.Linear``, and for every layer that a hook of accelerate moves between
+    devices.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if type(base) is SplitLinear:

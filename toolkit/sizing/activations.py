@@ -196,8 +196,9 @@ def _temporary_bytes_per_token(
     """The peak, in bytes per token, of the temporary tensors in one layer's backward pass. It is
     the larger of two numbers: the bytes for the MLP, and the bytes for the attention scores.
 
-    The temporary tensors of the MLP are gradients. A gradient is float32 if PEFT cast the adapted
-    input to float32. The gradient of the hidden state exists twice.
+    The temporary tensors of the MLP are gradients. If PEFT cast the input of the down projection to
+    float32, the gradients of this input are float32 too. With unquantized 16-bit weights, two
+    copies of the gradient of the hidden state are added.
     """
     down = max(
         (linear for linear in block.linears if linear.leaf == "down_proj"),

@@ -58,14 +58,15 @@ def shared_bytes(spec: ModelSpec, tokens: int, element_bytes: int, *, block_toke
 
 
 def padded_layer_counts(spec: ModelSpec) -> dict[Cache, int]:
-    """Return a mapping from each kind of KV cache to the number of layers that vLLM allocates for
-    it.
+    """Return a mapping from each kind of KV cache to the number of layers for which vLLM allocates
+    this kind of cache, padding layers included.
 
-    vLLM divides the layers of each kind into groups, because all kinds share the same pools of
-    pages. All groups have the same number of layers, and a smaller group is padded. Let ``least``
-    be the number of layers of the rarest kind, and ``most`` that of the commonest kind. If most is
-    below 1.5 x least, each group has ``most`` layers. Otherwise each group has ``least`` layers
-    (v1/core/kv_cache_utils.py, ``_get_kv_cache_groups_uniform_page_size``).
+    All kinds of cache share the same pools of pages. Therefore vLLM divides the layers of each kind
+    into groups of one size. If the layers of a kind do not fill its last group, vLLM adds padding
+    layers to this group. Let ``least`` be the number of layers of the rarest kind, and ``most``
+    that of the commonest kind. If ``most`` is below 1.5 x ``least``, a group has ``most`` layers.
+    If not, a group has ``least`` layers (v1/core/kv_cache_utils.py,
+    ``_get_kv_cache_groups_uniform_page_size``).
     """
     counts: Counter[Cache] = Counter()
     for block in spec.blocks:

@@ -95,8 +95,8 @@ def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
 
 
 def _has_slots(linear: Linear, modules: Collection[str]) -> bool:
-    """Whether the engine has LoRA slots for ``linear``, if it has slots for the layers named in
-    ``modules``. If ``modules`` contains one slice of a fused layer, all slices of this layer have
+    """Whether ``linear`` has LoRA slots in an engine that gets ``modules``, the names of the layers
+    with slots. If ``modules`` contains one slice of a fused layer, all slices of this layer have
     slots (vLLM's ``is_in_target_modules``).
     """
     if linear.copies > 1:

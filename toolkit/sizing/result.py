@@ -179,8 +179,8 @@ class Remedy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizingResult:
-    """The result of ``solve``. ``budget`` lists every term. ``short_bytes`` is the missing memory;
-    the run fits if it is 0 or less.
+    """The result of ``solve``. ``budget`` lists every memory term. ``short_bytes`` is the missing
+    memory. If ``short_bytes`` is 0 or less, the run fits.
     """
 
     device: Mapping[str, Any] | None
@@ -242,8 +242,9 @@ class SizingResult:
 
     @property
     def length_advice(self) -> str:
-        """The part of the error message that says that a single sequence does not fit, and which
-        length would fit. The text is empty if shorter sequences would not help or are not needed.
+        """The end of the error message for a run that does not fit. It says that even a single
+        sequence of the full length does not fit, and names a length that fits. The text is empty if
+        ``longest_sequence`` is None.
         """
         if self.longest_sequence is None:
             return ""

@@ -79,8 +79,8 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         Term(
             "trainer.head",
             max(0, head - layer - temporary if step.checkpointing else head - temporary),
-            f"fused head for {pass_size.scored_tokens:,} tokens: only the bytes beyond a layer's "
-            "temporary tensors",
+            f"fused head for {pass_size.scored_tokens:,} tokens, minus a layer's temporary "
+            "tensors, which exist at another time",
             "training",
         ),
     ]

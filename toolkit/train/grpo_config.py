@@ -1,8 +1,8 @@
 """TRL's GRPOConfig, which here also records which fields the user set.
 
 If the user did not set ``bf16``, TRL 1.16 sets it to True. This module sets ``bf16`` and ``fp16``
-from the dtype of the model instead. transformers 5.17 would train on every visible GPU with
-``nn.DataParallel``. This module sets the number of GPUs to one.
+from the dtype of the model instead. By default, transformers 5.17 trains on every visible GPU with
+``nn.DataParallel``. To prevent this, this module sets the number of GPUs to one.
 """
 
 from __future__ import annotations

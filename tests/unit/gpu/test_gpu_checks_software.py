@@ -14,7 +14,7 @@ def test_installed_versions_are_compared_with_the_lock() -> None:
     snapshot = recorded_snapshot("h200-healthy")
     held = CheckContext(lock={"trl": "1.16.0", "absent": "1"})
     same = run_check(snapshot, "software.lock", held)
-    assert same.evidence == "the version of the lock file is installed (1 package)"
+    assert same.evidence == "checked 1 package: each has the version in the lock file"
     off = run_check(snapshot, "software.lock", CheckContext(lock={"trl": "1.15.0"}))
     assert off.evidence == "trl 1.16.0 (lock: 1.15.0)"
 

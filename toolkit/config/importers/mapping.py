@@ -262,9 +262,9 @@ def omit(why: str, *names: str) -> Iterator[Row]:
 
 
 def refused(why: str, *names: str, off: tuple[Any, ...] = ()) -> Iterator[Row]:
-    """Return a row for each key in ``names``. The keys request something that this toolkit does not
-    support. The values in ``off`` and in the default of ``Row.off`` turn the unsupported feature
-    off.
+    """Return a row for each key in ``names``. The keys request a feature that this toolkit does not
+    support. The values in ``off`` turn this feature off, and so do the values that a ``Row`` has in
+    ``off`` by default.
     """
     return (Row(name, None, why, refused=True, off=(*Row("", None).off, *off)) for name in names)
 

@@ -32,9 +32,9 @@ def micro_batch_size(run: Run) -> int:
 
 
 def describe_replicas(run: Run) -> str:
-    """A text for a finding: the number of replicas (``Run.replicas``). Each replica trains on other
-    rows. If each replica is one process, the text says "world size" instead of "number of
-    replicas".
+    """Return a text for a finding that states the number of replicas (``Run.replicas``). No two
+    replicas train on the same rows. If each replica is one process, the text says "world size"
+    instead of "number of replicas".
     """
     if run.replicas != run.world_size:
         size = run.world_size // run.replicas
@@ -104,7 +104,7 @@ def group_size_divides_batch(run: Run) -> Iterator[RuleViolation]:
 
 def generation_batch(run: Run) -> tuple[int, str, str]:
     """Return three values: the number of completions in one generation batch, a text with the
-    formula of this number, and the key whose value a fix changes.
+    formula of this number, and the key of the run file with which a fix changes this number.
     """
     size = run.value(GENERATION_BATCH_SIZE)
     if size is not None:

@@ -199,7 +199,7 @@ def schedule_ends_below_its_start(run: Run) -> Iterator[RuleViolation]:
     origin = run.origin(keywords.get(name))
     yield RuleViolation(
         RATE,
-        f"the rate {rate} must be above {name} ({lowest}) of the {schedule_name} schedule",
+        f"learning_rate {rate} must be above {lowest}, the {name} of the {schedule_name} schedule",
         notes=(f"{run.describe(RATE)}; {name} {lowest} ({origin})",),
         fixes=(Fix(f"lr_scheduler_kwargs: {{{name}: {rate / 10:.1e}}}"),),
         related=(KWARGS, TYPE),

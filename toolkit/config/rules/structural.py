@@ -109,8 +109,8 @@ RULE_TEXTS: dict[str, RuleText] = {
     ),
     "DOC012": RuleText(
         "An override (--set) has the form key=value.",
-        "The parts of the key are separated by dots, and a number selects a list item "
-        "(reward.functions.0.name). The value is YAML.",
+        "In an override key=value, dots separate the parts of the key, and a number selects a list "
+        "item (reward.functions.0.name). The value is read as YAML.",
         "--set grpo.max_steps",
         "--set grpo.max_steps=10",
     ),

@@ -96,7 +96,7 @@ def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         more_text = f" and {len(mismatches) - 6} more" if len(mismatches) > 6 else ""
         return fail("user", f"{', '.join(mismatches[:6])}{more_text}")
     matching_count = sum(1 for name in context.lock if installed.get(name))
-    return ok(f"the version of the lock file is installed ({plural(matching_count, 'package')})")
+    return ok(f"checked {plural(matching_count, 'package')}: each has the version in the lock file")
 
 
 def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:

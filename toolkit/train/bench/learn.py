@@ -42,8 +42,9 @@ def learn(
     settings are kept.
 
     As in the speed benchmark, ``bench_plan.choose_settings`` chooses the settings of the toolkit's
-    arm that the user did not set. An optimizer step has the same completions in every arm, and the
-    micro-batches of the toolkit's arm need no more memory than those of the other arms.
+    arm that the user did not set. An optimizer step has the same number of completions in every
+    arm, and the micro-batches of the toolkit's arm need no more memory than those of the other
+    arms.
     """
     device = arm_process.find_device()
     planned = bench_plan.choose_settings(settings, read_spec(settings.model), device)

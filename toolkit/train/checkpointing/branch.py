@@ -41,8 +41,9 @@ class Branch:
     parents: tuple[tuple[str, int], ...] = ()
 
     def contains(self, name: str, step: int) -> bool:
-        """Return True if the checkpoint that branch ``name`` wrote at ``step`` belongs to this
-        branch. ``name`` may be this branch or one of the earlier branches that it continues.
+        """Return True if the checkpoint that the branch ``name`` wrote at ``step`` belongs to this
+        branch. All checkpoints that this branch wrote belong to it. The checkpoints of a parent
+        belong to this branch up to the step that ``parents`` has for the parent.
         """
         return name == self.name or any(name == n and step <= last for n, last in self.parents)
 

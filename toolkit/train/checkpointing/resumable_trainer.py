@@ -133,8 +133,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self.signals.unshield()
 
     def _stop_flag(self) -> int:
-        """Return why the run must stop: LOST if the run folder is not in place, else the number of
-        the received signal. Return 0 if the run need not stop.
+        """Return the reason to stop the run, as a number: ``RUN_DIR_LOST`` if the run folder is no
+        longer in its place, else the number of the received signal. 0 means that the run continues.
         """
         assert self.signals is not None
         return (

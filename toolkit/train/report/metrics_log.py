@@ -197,9 +197,10 @@ def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
 class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict mode can use
     """The trainer callback that writes the logs of a run, on the first rank.
 
-    After each row, ``on_row`` is called with (row of metrics.jsonl, row of timings.jsonl). The
-    second row is None for an evaluation. ``watch`` gets each row of metrics.jsonl before the row is
-    written. ``tracking`` gets the rows of all three logs after they are written.
+    After each step and each evaluation, ``on_row`` is called with two rows: the row of
+    metrics.jsonl and the row of timings.jsonl. For an evaluation, the second row is None. ``watch``
+    gets each row of metrics.jsonl before the row is written. ``tracking`` gets the rows of
+    metrics.jsonl, timings.jsonl and completions.jsonl after they are written.
     """
 
     def __init__(

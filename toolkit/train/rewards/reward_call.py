@@ -80,7 +80,7 @@ class Batch(NamedTuple):
     def sample(self, index: int) -> Batch:
         """Return a batch that contains only the sample at ``index``.
 
-        If a reward function is called with this batch, the values that it logs are dropped.
+        Values that a reward function logs when it is called with this batch are dropped.
         """
         size = len(self.completions)
         columns = {

@@ -54,8 +54,8 @@ class Workers(NamedTuple):
 
     @classmethod
     def create(cls, python: str | None) -> Workers:
-        """Return the workers of a run. ``python`` is the interpreter of the environment, or None.
-        No process is started yet.
+        """Return the workers of a run. ``python`` is the Python interpreter that the run file sets
+        for the environment; None if it sets none. No process is started yet.
         """
         rewards = WorkerProcess()
         return cls(rewards, rewards if python is None else WorkerProcess(python))

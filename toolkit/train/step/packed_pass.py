@@ -170,8 +170,8 @@ def _missing_windows(model: PreTrainedModel, layout: PackedLayout) -> str | None
     """Return the reason why packs (rows merged without padding) would ignore a sliding window of
     the model. Return None if packs apply all sliding windows of the model.
 
-    Packs do not use the attention mask. They ignore the window of a layer that applies it only in
-    the mask, and does not pass it to the attention function.
+    Packs do not use the attention mask. Some layers apply their window only in this mask, and do
+    not pass the window to the attention function. Packs ignore the window of such a layer.
     """
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None)

@@ -36,11 +36,12 @@ SKIPPED_METRIC = "packing/skipped_rows"
 
 class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usable types
     """A base class of the GRPO trainer that computes log-probabilities with packs. With
-    ``padding_free=False`` the trainer uses TRL's padded pass.
+    ``padding_free=False`` the trainer uses TRL's padded pass instead.
 
-    ``micro_rows`` is the number of rows of a micro-batch in the configuration. It is None unless
-    micro-batches were merged (``merge_micro_batches``). If ``pack_tokens`` is not set, one pass has
-    at most as many tokens as ``micro_rows`` rows of full width.
+    If ``merge_micro_batches`` merged micro-batches, ``micro_rows`` is the number of rows that one
+    micro-batch had before. If it merged none, ``micro_rows`` is None. After a merge, a pass has at
+    most ``pack_tokens`` tokens. If ``pack_tokens`` is None, the maximum is the number of tokens of
+    ``micro_rows`` rows of full width.
     """
 
     padding_free: bool = True
