@@ -50,8 +50,9 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--require",
             multiple=True,
             metavar="WHAT",
-            help="Require a number of GPUs (8), any GPU (gpu), a card (h200), a compute capability "
-            "(cc>=9.0), free GPU memory (free>=40GiB) or a driver (driver>=580). Repeatable.",
+            help="Fail if this requirement is not met. Forms: 8 (the number of GPUs), gpu (any "
+            "GPU), h200 (a card), cc>=9.0 (compute capability), free>=40GiB (free GPU memory), "
+            "driver>=580. Repeatable.",
         ),
         click.option(
             "--lock",

@@ -45,8 +45,8 @@ class DeviceFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """The facts about the training processes and their machine. They are not in the run file, but
-    the open decisions depend on them.
+    """The facts about the training processes and their machine. The run file does not contain them,
+    but what it leaves open (such as the engine and the dtype) is decided by these facts.
 
     ``world_size`` is the number of training processes. ``device`` is the device that trains; None
     means unknown. ``vllm`` says whether vLLM is installed on the machine that trains; None means

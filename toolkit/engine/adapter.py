@@ -99,15 +99,15 @@ def find_lora_layers(peft_model: PreTrainedModel) -> NamedLayers:
 
 
 class LoraLayerCache:
-    """The adapted layers of PEFT models. They are searched once for each adapter, because a search
-    in every step would take milliseconds.
+    """Keeps the list of the adapted layers for each adapter. The list is made once, because finding
+    the layers again in every step would take milliseconds.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[Any, Any, NamedLayers]] = {}
 
     def layers_of(self, peft_model: PreTrainedModel, name: str) -> NamedLayers:
-        """Return the adapted layers of ``peft_model``. They are searched again if the model or the
+        """Return the adapted layers of ``peft_model``. The list is made again if the model or the
         config of adapter ``name`` is another object than before.
         """
         config = getattr(peft_model, "peft_config", {}).get(name)

@@ -52,8 +52,8 @@ def check_world_size(size: int) -> None:
 def check_groups(
     size: int, card: str | None, gather_from_all: Callable[[Any], Sequence[Any]]
 ) -> None:
-    """Call ``check_world_size``, and check that the processes of each group have the same versions
-    of the libraries and GPUs (cards) of one kind. Every process must call this function.
+    """Call ``check_world_size``. Also check that the processes of each group have GPUs (cards) of
+    one kind, and the same versions of the libraries. Every process must call this function.
 
     ``card`` is the name of this process's GPU (None: the process runs on the CPU).
     ``gather_from_all`` is a function that sends a value to all processes, and returns the values of

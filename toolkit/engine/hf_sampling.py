@@ -305,7 +305,7 @@ def _without_checkpoint_defaults(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _restored_generators(device: torch.device) -> Iterator[None]:
     """Restore the global random generators after the block. transformers' sampling loop draws from
-    them, but this module does not use those draws.
+    these generators, although this module chooses the tokens with its own generators.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

@@ -98,8 +98,8 @@ def plain_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def packed_modules(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return a mapping from each fused layer to its parts. A submodule of ``module`` may define
-    such a mapping. The result joins the mappings of all submodules.
+    """Return one mapping from the name of each fused layer to the names of its parts. It joins the
+    mappings (``packed_modules_mapping``) that ``module`` and its submodules define.
     """
     merged: dict[str, tuple[str, ...]] = {}
     for child in module.modules():

@@ -111,13 +111,13 @@ def _enable_checkpointing(
 def choose_mode(base: Any, *, max_seq_length: int | None) -> bool | str:
     """Return the mode that "auto" means for ``base`` with the memory that is free now.
 
-    The mode is False if the activations of a whole micro-batch fit in half of the free memory. Else
-    it is True if the hidden states of a micro-batch fit in a quarter of the free memory. Else it is
-    "unsloth".
+    The mode is False if all activations of a micro-batch fit in half of the free memory. Else it is
+    True if the hidden states of a micro-batch (one per layer) fit in a quarter of the free memory.
+    Else it is "unsloth".
 
-    Without recomputation, the activations of a layer take about as many bytes as 34 hidden states
-    with 2 bytes per value (arXiv 2205.05198, with attention that does not store a score matrix).
-    With recomputation they take as many as one hidden state.
+    Without recomputation, a layer keeps about as many bytes as 17 hidden states. This is the value
+    of arXiv 2205.05198 (34 bytes for each 2-byte value of a hidden state) for attention that does
+    not store a score matrix. With recomputation, a layer keeps one hidden state.
     """
     config = base.config.get_text_config()
     tokens = REFERENCE_SEQUENCES * (max_seq_length or config.max_position_embeddings)

@@ -238,7 +238,9 @@ def merge_into_base(model: PreTrainedModel, name: str = "default") -> Any:
 
 
 def _is_plain_lora(layer: Any, name: str) -> bool:
-    """Return True if the adapter only adds s B A to the weight of ``layer``."""
+    """Return True if adapter ``name`` only adds s B A to the weight of ``layer``. B and A are the
+    LoRA matrices, and s is the scale.
+    """
     if name in layer.lora_embedding_A or hasattr(layer, "parameter_name"):
         return False
     if name not in layer.lora_A:

@@ -92,7 +92,7 @@ class PackedLayout:
     windows: dict[int, int | None] = field(default_factory=dict, init=False)
     """The sliding window that each attention module used, by the module's ``id()``."""
     _batches: list[Batch] | None = field(default=None, init=False)
-    _order_N: torch.Tensor | None = field(default=None, init=False)
+    _output_position_N: torch.Tensor | None = field(default=None, init=False)
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -139,17 +139,17 @@ class PackedLayout:
             real_queries = [batch.queries_ST[batch.positions_ST >= 0] for batch in self._batches]
             order = torch.cat(real_queries).argsort()
             is_real = torch.cat([(b.positions_ST >= 0).flatten() for b in self._batches])
-            self._order_N = is_real.nonzero().flatten()[order]
+            self._output_position_N = is_real.nonzero().flatten()[order]
         return self._batches
 
     @property
-    def order_N(self) -> torch.Tensor:  # noqa: N802 - a tensor with its shape
-        """One index for each of the N tokens of the pack. The padded outputs of all batches are
-        concatenated, and the index says where the output for the token is.
+    def output_position_N(self) -> torch.Tensor:  # noqa: N802 - a tensor with its shape
+        """For each of the N tokens of the pack, the position of the token's output in the
+        concatenated outputs of all ``batches``. These outputs include padding.
         """
         assert self.batches
-        assert self._order_N is not None
-        return self._order_N
+        assert self._output_position_N is not None
+        return self._output_position_N
 
     def _query_blocks(self) -> list[tuple[Segment, int, int]]:
         """Return each block of queries as (segment, first, end). The block has the segment's
@@ -322,7 +322,7 @@ def _batched_attention(
             **kwargs,
         )
         outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, layout.order_N).unsqueeze(0)
+    return torch.cat(outputs).index_select(0, layout.output_position_N).unsqueeze(0)
 
 
 def _gather_batch(x_NHD: torch.Tensor, index_SK: torch.Tensor) -> torch.Tensor:

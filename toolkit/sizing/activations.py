@@ -228,11 +228,11 @@ def _temporary_bytes_per_token(
 
 def _temporary_score_bytes(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """The bytes per token of the temporary tensors in the backward pass of the attention scores,
-    minus the bytes of the MLP's activations; 0 for fused attention.
+    minus the bytes of the MLP's activations. The result is 0 for fused attention.
 
-    The temporary tensors need 4 bytes per score (float32 gradients), plus half of the bytes of the
-    compute dtype. They are created after the backward pass of the MLP, which frees the activations
-    that the MLP kept. Therefore the freed bytes are subtracted.
+    The temporary tensors need 4 bytes per score for float32 gradients. They also need half of the
+    size of a value in the compute dtype per score. They are created after the backward pass of the
+    MLP, which frees the activations of the MLP. Therefore the freed bytes are subtracted.
     """
     if spec.scores == "fused":
         return 0

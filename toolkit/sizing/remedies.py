@@ -303,7 +303,7 @@ def _second_card(
     config: RunConfig, candidate: Candidate, missing: int, attempt: Attempt
 ) -> list[Remedy]:
     """Return the remedy to use two cards of this kind, if it frees memory. Each card gets half of
-    the micro-batch, so an optimizer step has the same completions as before.
+    the micro-batch, so the number of completions per optimizer step does not change.
     """
     micro, accumulation = candidate.step.micro_batch, candidate.step.accumulation
     if candidate.device is None or candidate.step.world_size > 1 or micro % 2:
@@ -325,7 +325,7 @@ def _split_model(
     """Return the remedy to set tensor_parallel_size to the smallest value with which the run fits.
 
     Values that need no further cards are tried first. If the run fits with none of them, the remedy
-    is to add cards of the same kind. An optimizer step has the same completions as before.
+    is to add cards of the same kind. The number of completions per optimizer step does not change.
     """
     can_split = (
         candidate.work.uses_engine

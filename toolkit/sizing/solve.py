@@ -112,13 +112,14 @@ def best_candidate(
     """Return the best candidate for the run, with its fit. Candidates differ in gradient
     checkpointing, KV sleep (freeing the KV cache while training) and micro-batch.
 
-    A candidate is suitable if it fits with a KV cache for all sequences of a rollout
-    (``Fit.holds_rollout``), at the gpu_memory_utilization that the run file sets. The best
-    candidate is the suitable one with the fastest training step.
+    A candidate is suitable if it meets two conditions. It fits with a KV cache for all sequences of
+    a rollout (``Fit.holds_rollout``). It fits at the gpu_memory_utilization of the run file, if the
+    run file sets a number. The best candidate is the suitable one with the fastest training step.
 
     If no candidate is suitable, only candidates with the smallest micro-batch are compared. If some
-    of them fit, the best one is the one with the widest interval of gpu_memory_utilization. If none
-    fits, the best one has the least missing memory.
+    of them fit with a smaller KV cache or another gpu_memory_utilization, the best one is the one
+    that fits with the widest interval of values of gpu_memory_utilization. If none fits, the best
+    one is the one with the least missing memory.
 
     With tensor_parallel_size "auto", the model is split over the smallest number of cards with
     which the run fits.

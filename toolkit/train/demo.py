@@ -219,8 +219,8 @@ def train_to_add(
     seed: int,
     print_line: Callable[[str], None],
 ) -> int:
-    """Train ``model`` with supervised steps to add, and then to omit most carries. Return the
-    number of steps.
+    """Train ``model`` with supervised steps. At first it learns to add. In the last steps it learns
+    to leave out the carry in most answers. Return the number of steps.
 
     Raises:
         DefectError: the model did not learn to add within ``MAX_STEPS`` steps.

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
 
 class ErrorCollector:
-    """Collects the errors of several checks. Each check runs inside ``with collector.check():``."""
+    """Collects the errors of several checks. Each check runs in its own block
+    ``with collector.collect_error():``.
+    """
 
     def __init__(self) -> None:
         self.errors: list[ConfigError] = []
 
     @contextmanager
-    def check(self) -> Iterator[None]:
+    def collect_error(self) -> Iterator[None]:
         """Catch a ConfigError that the ``with`` block raises, and add it to ``errors``."""
         try:
             yield

@@ -69,7 +69,7 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
         setattr(self, USER_FIELDS_ATTRIBUTE, user_fields)
         for name, (default, check_value) in TOOLKIT_FIELDS.items():
             value = field_values.pop(name, default)
-            with collector.check():
+            with collector.collect_error():
                 setattr(self, name, check_value(name, value))
         if (
             not field_values.get("fp16")
@@ -86,7 +86,7 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
             trl_error = error
         # Outside of the except block, so that Python does not print TRL's error above this one.
         if trl_error is not None:
-            with collector.check():
+            with collector.collect_error():
                 _raise_as_config_error(self, user_fields, trl_error)
         collector.raise_errors()
         if trl_error is not None:

@@ -76,7 +76,7 @@ def translate(
     notes: list[str] = []
     for name, value in arguments.items():
         if name not in current_fields:
-            with collector.check():
+            with collector.collect_error():
                 notes += _translate_field(fields, name, value, current_fields)
     return Translated(fields, notes)
 

@@ -36,12 +36,12 @@ def check_arguments(arguments: MutableMapping[str, Any], model: PreTrainedModel)
     determines the class of the error.
     """
     config, collector = arguments["args"], ErrorCollector()
-    with collector.check():
+    with collector.collect_error():
         prompt_choice.check_arguments(arguments)
-    with collector.check():
+    with collector.collect_error():
         arguments["reward_funcs"] = wrap_reward_funcs(arguments.get("reward_funcs"))
     if arguments.get("optimizers", (None, None))[0] is None:
-        with collector.check():
+        with collector.collect_error():
             refuse_missing_packages(
                 needed_packages(
                     config.report_to or (),
@@ -50,7 +50,7 @@ def check_arguments(arguments: MutableMapping[str, Any], model: PreTrainedModel)
                     cache=config.cache_implementation,
                 )
             )
-    with collector.check():
+    with collector.collect_error():
         _refuse_too_long_completions(config, getattr(model, "max_seq_length", None))
     collector.raise_errors()
 

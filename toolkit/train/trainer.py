@@ -2,8 +2,8 @@
 
 The trainer is a subclass and takes TRL's arguments. The source of upstream libraries is not
 patched. Each method that overrides one of TRL 1.16 or transformers 5.17 is short, and calls other
-modules for the work. Attributes have defaults at class level. They are needed because TRL's own
-tests build trainers with ``object.__new__``, so that ``__init__`` does not run.
+modules for the work. Attributes have defaults at class level, because ``__init__`` does not run in
+TRL's own tests, which build trainers with ``object.__new__``.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         return self._prompt_choice
 
     def _generate(self, prompts: list[Any]) -> Any:
-        """Generate as TRL does. With ``dynamic_sampling``, then replace groups without signal (all
-        rewards of the group are equal).
+        """Generate as TRL does. After that, if ``dynamic_sampling`` is set, replace the groups
+        without signal (all rewards of the group are equal).
         """
         self.completion_index.begin_batch(len(prompts))
         batch = super()._generate(prompts)

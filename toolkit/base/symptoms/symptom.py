@@ -132,7 +132,8 @@ class Entry:
 
     def find(self, text: str, lowered: str) -> Symptom | None:
         """Return the symptom if one of its patterns occurs in ``text``, else None. The patterns are
-        tried in the order of ``texts``. The numbers are read from the first match.
+        tried in the order of ``texts``. ``add_details`` reads the first match. ``lowered`` is
+        ``text`` in lower case.
         """
         for pattern in self.texts:
             if result := pattern.find(text, lowered):

@@ -89,8 +89,8 @@ def set_sequence_length(translation: Translation) -> None:
     """Set ``model.max_seq_length`` to the sum of the maximum lengths of prompt and completion,
     unless it is already set.
 
-    If the prompt has no maximum length, 1024 tokens are assumed for the prompt. This is done only
-    if the maximum length of the completion is 2048 tokens or more. Otherwise, the default of
+    If the prompt has no maximum length, the result depends on the maximum length of the completion.
+    From 2048 tokens on, 1024 tokens are added for the prompt. Below 2048 tokens, the default of
     ``model.max_seq_length`` is kept.
     """
     if "model.max_seq_length" in translation.run_values:

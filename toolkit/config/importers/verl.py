@@ -244,7 +244,8 @@ ROWS = (
     Row(f"{_ACTOR}.clip_ratio_low", "grpo.epsilon", "", later),
     Row(f"{_ACTOR}.clip_ratio_high", "grpo.epsilon_high"),
     Row(f"{_ACTOR}.clip_ratio_c", None, "dual clipping is not supported; grpo.delta is "
-                                        "different, because it also limits positive advantages",
+                                        "different, because it limits the probability ratio for "
+                                        "positive advantages too",
         refused=True, off=(None, 3.0, 3)),
     Row(f"{_ACTOR}.entropy_coeff", "grpo.entropy_coef"),
     Row(f"{_ACTOR}.use_kl_loss", "grpo.beta", "if it is true, grpo.beta is kl_loss_coef", later),

@@ -122,8 +122,8 @@ def schedule_knows_its_keywords(run: Run) -> Iterator[RuleViolation]:
 def _unknown_keyword(
     run: Run, schedule_name: str, schedule: Schedule, name: str, node: Node
 ) -> RuleViolation:
-    """The violation for a keyword that the schedule does not have or that the trainer passes
-    itself.
+    """The violation for a keyword ``name`` that the user cannot set: the schedule has no such
+    keyword, or the trainer itself passes it.
     """
     fixes: tuple[Fix, ...] = (Fix(f"remove {name}"),)
     keywords = ", ".join(schedule.keywords) or "none"
@@ -232,8 +232,8 @@ def schedule_fits_the_run(run: Run) -> Iterator[RuleViolation]:
     if warmup >= steps:
         yield RuleViolation(
             "grpo.warmup_steps",
-            f"{warmup} warm-up steps do not end in a run of {steps} steps: the rate never reaches "
-            "learning_rate",
+            f"the run has {steps} steps, so a warm-up of {warmup} steps does not end, and the rate "
+            "never reaches learning_rate",
             notes=(run.describe("grpo.max_steps"),),
             fixes=(run.set_fix("grpo.warmup_steps", steps // 10),),
             related=("grpo.max_steps",),

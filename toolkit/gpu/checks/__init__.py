@@ -95,7 +95,7 @@ def exit_code(results: Sequence[CheckResult], *, strict: bool = False, node: boo
     code shows who must act.
 
     A bad node (3) takes precedence over a user error (1), because a bad node can cause the user
-    error: a job requests eight cards, but only seven respond.
+    error. For example, a job requests eight cards, but only seven respond.
 
     With ``node``, only a bad node is a failure. Therefore a scheduler's prolog does not drain a
     node because of a mistake in the job, or because of a process that is just ending. With

@@ -75,8 +75,8 @@ class SplitLinear(nn.Linear):
         return None
 
     def copy_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the input ``x`` for the computation in this process. If the layer is split by
-        rows, the backward pass sums the gradient of ``x`` over the group.
+        """Return the input ``x`` for the computation in this process. If the weight (out, in) is
+        split by rows, the backward pass sums the gradient of ``x`` over the group.
         """
         if self.split.style == "columns" or self.input_is_copied:
             return x

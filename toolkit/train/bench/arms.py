@@ -70,9 +70,12 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
 
 
 def train_with_profile(trainer: Any, settings: Settings, result: Result, start_timer: Any) -> None:
-    """Train, and store three measurements in ``result.profile``: the seconds of each phase of the
-    start, the time of each kind of kernel in a decode step, and the time of each kind of kernel in
-    the last training step without its rollout.
+    """Train, and store three measurements in ``result.profile``.
+
+    - start_s: the seconds of each phase of the start.
+    - decode_step: the time of each kind of kernel in a decode step.
+    - training_step: the time of each kind of kernel in the last training step. The rollout of this
+      step is not measured.
     """
     from toolkit.train.bench import kernel_times  # noqa: PLC0415 - torch
 

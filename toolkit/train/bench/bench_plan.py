@@ -31,10 +31,11 @@ def choose_settings(settings: Settings, spec: ModelSpec, device: Device | None) 
     """Return ``settings`` with a value for every ``ours_`` field (settings of the toolkit's arm)
     whose value is None.
 
-    The sizer estimates the time of a step for all values whose peak memory is at most that of the
-    other arms (TRL, Unsloth). The values with the shortest step are chosen. Without a GPU, or if no
-    values fit, the toolkit's arm gets the micro-batch and the gradient checkpointing of the other
-    arms.
+    The sizer predicts the peak memory and the time of a step for each combination of values. A
+    combination is allowed if it fits on the card and its peak memory is at most that of the other
+    arms (TRL, Unsloth). The allowed combination with the shortest step is chosen. Without a GPU, or
+    if no combination is allowed, the toolkit's arm gets the micro-batch and the gradient
+    checkpointing of the other arms.
     """
     by_hand = _with_values(
         settings, settings.per_device_batch, settings.gradient_checkpointing, False

@@ -87,7 +87,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[Path]:
 
 
 def as_mapping(config: RunConfig) -> dict[str, Any]:
-    """Return the run as plain JSON values by section, as config.json records it."""
+    """Return the sections of ``config`` by name, as JSON values. config.json has this content."""
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     sections.pop("source")
     # A run without an environment or tools has no such section.

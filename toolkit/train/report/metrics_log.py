@@ -55,7 +55,7 @@ class Journal:
         names: Sequence[str] = LOG_FILES,
     ) -> None:
         """Open the logs ``names``. ``positions`` maps the name of a log to the number of bytes to
-        keep. All other logs are emptied. Raises OSError.
+        keep. A log in ``names`` that is not in ``positions`` is emptied. Raises OSError.
         """
         self._run_dir = run_dir
         self._handles: dict[str, int] = {}

@@ -42,7 +42,7 @@ class EnvironmentCode(NamedTuple):
         values = self._asdict() | {"allow_code": list(self.allow_code), "folder": str(self.folder)}
         return {**values, "options": thaw(self.options)}
 
-    def prepare(self) -> None:
+    def make_module_importable(self) -> None:
         """Make the module of the environment importable from the folder of the run file.
 
         Raises:

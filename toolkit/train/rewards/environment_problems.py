@@ -31,7 +31,7 @@ def generate_problems(code: EnvironmentCode, seed: int, size: int, start: int = 
         ConfigError: the task does not exist, it does not accept these options, or it needs
             something that a training run cannot provide.
     """
-    code.prepare()
+    code.make_module_importable()
     if code.adapter == "reasoning_gym":
         return reasoning_gym.generate_rows(code.task, code.options, seed=seed, size=size)
     if code.adapter == "verifiers":

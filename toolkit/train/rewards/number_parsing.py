@@ -90,12 +90,14 @@ def to_number(value: object) -> Number | None:
 
 
 def is_same_number(guess: Number, gold: Number, tolerance: float | None = None) -> bool:
-    """Whether two numbers are equal.
+    """Whether two numbers are equal. ``gold`` is the number in the dataset.
+
+    The numbers count as equal if they differ by at most ``tolerance`` * max(1, |gold|). If
+    ``tolerance`` is None, two integers must be exactly equal, and for other numbers 1e-12 is used
+    as the tolerance (the rounding of a double).
 
     If only one of the two numbers has a percent sign, its value may be read with or without the
-    percent sign: 50% equals 0.5 and also 50. ``gold`` is the number in the dataset. The numbers may
-    differ by at most ``tolerance`` * max(1, |gold|). Without a tolerance, two integers must be
-    exactly equal, and for other numbers the tolerance is the rounding of a double (1e-12).
+    percent sign: 50% equals 0.5 and also 50.
     """
     guesses = (
         [guess.value]

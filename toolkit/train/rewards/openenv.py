@@ -108,7 +108,7 @@ class Episodes:
 
     def __init__(self, code: EnvironmentCode) -> None:
         """Load the Environment class of ``code``. Raises ConfigError."""
-        code.prepare()
+        code.make_module_importable()
         self._environment_type = EnvironmentType(code.task, code.options)
         self.schema = self._environment_type.schema
         self._episodes: dict[int, _Episode] = {}

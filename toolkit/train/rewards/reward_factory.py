@@ -121,7 +121,8 @@ def make_function(
         ):
             raise _missing_columns_error(entry.name, [reward.column], available)
         if isinstance(reward, ENVIRONMENT_REWARDS):
-            EnvironmentCode(entry.name, reward.task, {}, tuple(allow_code), folder).prepare()
+            code = EnvironmentCode(entry.name, reward.task, {}, tuple(allow_code), folder)
+            code.make_module_importable()
             if available is not None and PROBLEM_COLUMN not in available:
                 raise _missing_columns_error(entry.name, [PROBLEM_COLUMN], available)
         return reward

@@ -129,8 +129,7 @@ class WorkerProcess:
     def close(self, running: _RunningWorker | None = None) -> None:
         """Kill the worker process and all processes that it started.
 
-        With ``running``, the worker is killed only if ``running`` is still the current worker
-        process.
+        If ``running`` is given but is no longer the current worker process, nothing is killed.
         """
         with self._lock:
             if self._running is not None and running in (None, self._running):

@@ -65,8 +65,9 @@ class CompletionIndex:
 
     @property
     def row_numbers(self) -> list[int]:
-        """The row numbers (in the whole batch) of the completions of the latest sampling call.
-        Before the second turn of a tool loop, these are the numbers of all rows of this rank.
+        """The row number (in the whole batch) of each completion of the latest sampling call. The
+        first call of a batch samples all rows of this rank. In a tool loop, later calls sample only
+        the rows that continue.
         """
         return list(self._row_numbers or ())
 

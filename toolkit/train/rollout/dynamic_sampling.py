@@ -70,8 +70,8 @@ class Generation:
     ) -> None:
         """``inputs`` are the rows of this rank. ``order`` yields further rows of the dataset.
         ``max_rounds`` is the maximum number of rounds in which groups are replaced. If the
-        curriculum chose the prompts, ``group_rows`` has the index of the dataset row for each
-        group of all ranks.
+        curriculum chose the prompts, ``group_rows`` has one entry for each group (of all ranks):
+        the index of the group's row in the dataset.
         """
         self.trainer, self.order, self.max_rounds = trainer, order, max_rounds
         self.inputs = list(inputs)

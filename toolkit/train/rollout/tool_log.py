@@ -79,7 +79,8 @@ class ToolLog:
         """Wrap the tools in ``trainer.tools_by_row``, so that their calls are recorded. Return the
         list to which the calls are added.
 
-        ``numbers`` are the numbers of the completions in the batch of all ranks.
+        ``completions`` are the completions of this rank. ``numbers`` has the position of each of
+        them in the batch of all ranks.
         """
         calls: list[ToolCall] = []
         trainer.tools_by_row = [

@@ -195,13 +195,13 @@ def score_batch(
     *,
     head_replaced: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The log-probabilities and entropies (B, T) of ``batch``, which is (``input_ids``,
-    ``attention_mask``, completion width). They are 0 for tokens that are not scored.
+    """Return the log-probabilities and the entropies of ``batch``, each (B, T). Both are 0 for
+    tokens that are not scored. Return None if no token is scored.
 
-    ``max_tokens`` is the maximum number of tokens per pass. If ``max_tokens`` is None, the whole
-    batch is computed in one pass, so that a gradient can be computed. ``head_replaced`` must be
-    True if ``sampled_head`` has replaced the head of the model. Returns None if there is nothing to
-    score.
+    ``batch`` is (``input_ids``, ``attention_mask``, width of the completions). ``max_tokens`` is
+    the maximum number of tokens per pass. If ``max_tokens`` is None, the whole batch is computed in
+    one pass, so that a gradient can be computed. ``head_replaced`` must be True if ``sampled_head``
+    has replaced the head of the model.
     """
     input_ids, attention_mask, width = batch
     completions = input_ids[:, -width:]

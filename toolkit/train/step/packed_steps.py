@@ -272,12 +272,12 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     def fill_skipped(
         self, scores: tuple[torch.Tensor, torch.Tensor], inputs: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill in values for the rows that the pass left out. Return log-probabilities and
-        entropies.
+        """Return the log-probabilities and entropies in ``scores``, with values for the skipped
+        rows (the rows that the pass did not compute).
 
-        Such a row gets the old log-probabilities, or those of the sampler if there are no old
-        log-probabilities. With these values, each probability ratio of the row is 1. The entropy of
-        the row is 0. ``corrected_entropy_metric`` uses only the rows that were computed.
+        A skipped row gets its old log-probabilities. If there are no old log-probabilities, it gets
+        the log-probabilities of the sampler. With these values, each probability ratio of the row
+        is 1. The entropy of a skipped row is 0, and ``corrected_entropy_metric`` ignores this row.
         """
         if not inputs:  # outside the loss: old or reference log-probabilities
             return scores
