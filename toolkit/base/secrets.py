@@ -259,9 +259,13 @@ def _parent_folder(value: str) -> str:
 
 
 def _encodings(secret: str) -> list[str]:
-    """Return the texts in which ``secret`` may appear in output: the secret itself, and its
-    encodings by ``repr`` (once and twice, and for bytes), by JSON, in URLs, and by
-    ``escape_unprintable``.
+    """Return the texts as which ``secret`` may appear in output.
+
+    - the secret itself
+    - the secret after ``repr``, ``ascii`` or JSON encoding, once or twice
+    - the ``repr`` of the secret as bytes
+    - the secret after URL encoding or URL decoding
+    - the secret after ``escape_unprintable``
     """
     once = _quoted_forms(secret)
     forms = [

@@ -33,7 +33,8 @@ REWARD = "exact_match"
 @click.option(
     "--out",
     metavar="DIR",
-    help="Folder for all files (default: runs/demo, or runs/demo-2 ... if it exists).",
+    help="Folder for all files. The default is the first of runs/demo, runs/demo-2, ... that does "
+    "not exist yet.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--debug", is_flag=True, help="Show tracebacks and the output of upstream libraries.")

@@ -159,9 +159,12 @@ def _archive_facts(path: Path) -> DataFacts:
 
 
 def _check_decompression_bomb(file: IO[bytes]) -> None:
-    """Unpack more of a compressed file, to find out whether it is a decompression bomb. The check
-    for decompression bombs starts only after a minimum number of unpacked bytes, so this function
-    reads beyond that number. Raises InputError if the file is a decompression bomb.
+    """Check that a compressed file, of which a scan read only the first rows, is not a
+    decompression bomb. The reader of the file notices a bomb only after more than
+    ``RATIO_FREE_BYTES`` unpacked bytes. So this function continues to read until there are more.
+
+    Raises:
+        InputError: the file is a decompression bomb.
     """
     remaining_bytes = RATIO_FREE_BYTES + 2 * READ_BYTES
     while remaining_bytes > 0 and (chunk := file.read(READ_BYTES)):

@@ -312,10 +312,11 @@ def choose_copy_bytes(model: nn.Module, vllm_config: Any) -> int:
 def available_copy_bytes(model: nn.Module, vllm_config: Any) -> int:
     """Return how many bytes of GPU memory the 16-bit copies may take.
 
-    The available memory is the free memory minus the KV cache, if the size of the KV cache is
-    configured. Otherwise it is the engine's share of the total memory (``gpu_memory_utilization``)
-    minus the weights, but at most the free memory. The copies may take the share ``MAX_AUTO_SHARE``
-    of the available memory, and must leave ``MIN_UNUSED_BYTES`` of it unused.
+    If the size of the KV cache is configured, the available memory is the free memory minus the KV
+    cache. If the size is not configured, the available memory is the engine's share of the total
+    memory (``gpu_memory_utilization``) minus the weights, but at most the free memory. The copies
+    may take the share ``MAX_AUTO_SHARE`` of the available memory, and must leave
+    ``MIN_UNUSED_BYTES`` of it unused.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()

@@ -83,8 +83,8 @@ def _read_limit(path: Path) -> int | None:
 
 def _used_bytes(folder: Path, name: str, prefix: str = "") -> int | None:
     """Return the bytes of memory that the control group uses, without the page cache; None if the
-    file ``name`` does not exist. The page cache is subtracted, because the kernel frees it before
-    it kills a process for lack of memory.
+    file ``name`` does not exist. The page cache is subtracted, because when memory runs out, the
+    kernel frees the page cache before it kills a process.
     """
     used_bytes = _read_limit(folder / name)
     if used_bytes is None:

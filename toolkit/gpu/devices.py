@@ -22,8 +22,8 @@ CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_O
 
 @dataclass(frozen=True, slots=True)
 class VisibleDevices:
-    """The devices that CUDA numbers 0, 1, ..., in this order. If CUDA ignores a part of
-    CUDA_VISIBLE_DEVICES, ``problem`` is a text that says why. Otherwise ``problem`` is None.
+    """The visible devices, in the order of their CUDA indices (0, 1, ...). If CUDA ignores a part
+    of CUDA_VISIBLE_DEVICES, ``problem`` is a text that says why. Otherwise ``problem`` is None.
     """
 
     devices: tuple[GpuSnapshot, ...]

@@ -78,9 +78,9 @@ def _secret_names() -> dict[str, str]:
 
 
 def redact(data: object, names: dict[str, str]) -> Any:
-    """Return a copy of ``data`` without secrets. ``names`` maps each secret name to its
-    replacement, which is used in all texts. UUIDs are replaced by invented UUIDs, pids by small
-    numbers, and the names of processes by None.
+    """Return a copy of ``data`` without secrets. ``names`` maps each secret name (of a folder, an
+    account or a host) to its replacement. The secret names are replaced in all texts. UUIDs are
+    replaced by invented UUIDs, pids by small numbers, and the names of processes by None.
     """
     pids: dict[int, int] = {}
     salt = os.urandom(16)

@@ -26,8 +26,8 @@ NO_GPU_EXIT = NodeError.exit_code
 
 
 def probe_report(snapshot: NodeSnapshot) -> dict[str, Any]:
-    """Return the report of a node without checks. The exit code in the report is 0 if the node has
-    a GPU, else 3.
+    """Return the report of a node, without results of checks. The exit code in the report is 0 if
+    the node has a GPU, else 3.
     """
     code = 0 if snapshot.gpus else NO_GPU_EXIT
     return {**_report_head("probe", code), **_node_sections(snapshot)}

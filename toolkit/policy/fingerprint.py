@@ -183,7 +183,9 @@ def _tensor_names(file: Path) -> Iterator[str]:
 
 
 def _sample_values(stored: Any, shape: tuple[int, ...]) -> list[Any]:
-    """Return the first values of the last axis, at index 0 of all other axes."""
+    """Return a few values of the tensor ``stored``: along the last axis the first
+    ``VALUES_PER_TENSOR`` values, and along each other axis only index 0.
+    """
     if 0 in shape:
         return []
     sample = stored[(*(slice(0, 1) for _ in shape[1:]), slice(0, VALUES_PER_TENSOR))].reshape(-1)

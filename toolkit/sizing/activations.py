@@ -42,7 +42,7 @@ def activation_parts(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[i
     temporary = max(
         max(
             tokens * _temporary_bytes_per_token(block, spec, work, step),
-            _temporary_key_bytes(block, spec, pass_size, step),
+            _attention_backward_bytes(block, spec, pass_size, step),
         )
         for block in spec.blocks
     )
@@ -118,13 +118,16 @@ def _saved_key_bytes(block: Block, spec: ModelSpec, pass_size: PassSize, step: S
     return int(1.25 * (pass_size.keys - pass_size.tokens) * repeated) * step.compute_bytes
 
 
-def _temporary_key_bytes(block: Block, spec: ModelSpec, pass_size: PassSize, step: StepPlan) -> int:
-    """The bytes of the temporary tensors in attention's backward pass for a pack, minus the bytes
-    of the MLP's activations; 0 without packs.
+def _attention_backward_bytes(
+    block: Block, spec: ModelSpec, pass_size: PassSize, step: StepPlan
+) -> int:
+    """The bytes that the backward pass of attention over a pack adds to the peak memory; 0 without
+    packs.
 
-    The tensors are the gradients of all keys and values, and the float32 sums of these gradients.
-    They are created after the backward pass of the MLP, which frees the activations that the MLP
-    kept. Therefore the freed bytes are subtracted.
+    These are the bytes of the temporary tensors, minus the bytes of the MLP's activations. The
+    temporary tensors are the gradients of all keys and values, and the float32 sums of these
+    gradients. The MLP's activations are subtracted, because the backward pass of the MLP runs first
+    and frees them.
     """
     if step.pack_tokens is None:
         return 0
@@ -163,9 +166,13 @@ def _saved_attention_bytes(block: Block, spec: ModelSpec, step: StepPlan, sequen
 
 
 def _saved_score_bytes(spec: ModelSpec, width: int, sequence: int) -> int:
-    """The bytes per token of the score matrices that attention without a fused kernel saves. These
-    are the softmax in float32, the copy of the softmax that is multiplied by the values, and with
-    soft-capping the result of the tanh.
+    """The bytes per token of the score matrices that attention saves for the backward pass; 0 with
+    a fused kernel. ``width`` is the number of bytes of a value in the forward pass.
+
+    - the softmax in float32
+    - if ``width`` is below 4: the copy of the softmax in the dtype of the forward pass, which is
+      multiplied by the values
+    - with soft-capping: the result of the tanh
     """
     if spec.scores == "fused":
         return 0

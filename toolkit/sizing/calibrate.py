@@ -72,8 +72,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The comparison of predicted and measured bytes. ``rows`` has one row per term. ``bound`` is
-    the predicted upper bound of the peak of torch's allocator.
+    """The comparison of predicted and measured bytes. ``rows`` has one row for each part and each
+    peak of the predicted memory. ``bound`` is the predicted upper bound of the peak of torch's
+    allocator.
     """
 
     rows: tuple[Row, ...]

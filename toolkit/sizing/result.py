@@ -227,8 +227,8 @@ class SizingResult:
         }
 
     def infeasible_error(self) -> ConfigError:
-        """The error for a run that does not fit: the missing memory, the limiting terms, and the
-        list of changes.
+        """The error for a run that does not fit. The message says how much memory is missing, what
+        needs the most memory, and what limits the memory. The fix lists ``remedies``.
         """
         name = self.device["name"] if self.device else "this host"
         remedy_lines = "\n       ".join(str(remedy) for remedy in self.remedies)

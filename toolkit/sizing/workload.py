@@ -1,5 +1,5 @@
-"""Read the numbers of a run file that determine its memory, with the defaults of TRL 1.16's
-GRPOConfig, and define the plan of a training step.
+"""Read the numbers of a run file that determine the memory of the run, and define the plan of a
+training step. If the run file does not set a number, the default of TRL 1.16's GRPOConfig is used.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class StepPlan:
 
     - ``pack_tokens``: the maximum number of tokens of a pass over packs (rows joined without
       padding). If it is None, a pass has ``micro_batch`` padded rows.
-    - ``passes``: the number of forward and backward passes of a step; None means ``accumulation``.
+    - ``passes``: the number of forward and backward passes of a step. If it is None, a step has
+      one pass per micro-batch, and ``accumulation`` is their number.
     - ``uses_fused_kernels``: whether the model's layers use the kernels of policy/fused_kernels.
     """
 

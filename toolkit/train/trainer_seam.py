@@ -271,7 +271,7 @@ class RunLogs(Protocol):
 
 
 class ToolCalls(Protocol):
-    """The tool calls since the last log row (implemented by rollout.tool_log.ToolLog)."""
+    """The record of tool calls since the last log row (rollout.tool_log.ToolLog implements it)."""
 
     def write(self, journal: Any, step: int) -> None: ...
 

@@ -84,7 +84,7 @@ def _finish(translation: Translation) -> None:
         translation.write("model.load_in_4bit", True, "adapter: qlora")
     if translation.foreign_value("rl") is None:
         translation.notes.append(
-            "The file does not set `rl: grpo`. Check that the original is GRPO training."
+            "The file does not set `rl: grpo`. Check that it is a config for GRPO training."
         )
     _eval_strategy(translation)
     set_warmup_steps(translation)

@@ -196,10 +196,11 @@ def package_is_installed(run: Run) -> Iterator[RuleViolation]:
 )
 def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
     """environment.task has the form that the adapter (environment.adapter) requires. If the task is
-    code in your own module, the list runtime.allow_code contains this module too.
+    code in your own module, the list runtime.allow_code contains this module.
 
-    With adapter: verifiers, the task is the id of a taskset, and verifiers imports the module that
-    has this id as its name. With adapter: openenv, the task has the form module:Class.
+    For the adapter verifiers, the task is the id of a taskset. The verifiers library imports the
+    module that has this id as its name. For the adapter openenv, the task has the form
+    module:Class.
     """
     adapter, node = _adapter_name(run), run.node(_TASK)
     if adapter is None or node is None or not isinstance(node.value, str):

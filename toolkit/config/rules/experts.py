@@ -38,9 +38,9 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
 
     On Qwen3-MoE and DeepSeek, PEFT applies the targets gate_proj, up_proj and down_proj to the
     experts. Adapters on experts would take gigabytes of memory, so the engine reserves no memory
-    for them. target_modules: auto adapts only the attention of a mixture-of-experts model. With
-    runtime.engine: transformers, adapters on experts can be trained. The rule is checked if the
-    model is on this machine.
+    for them. If target_modules is auto, only the attention of a mixture-of-experts model gets an
+    adapter. With the transformers engine (runtime.engine: transformers), adapters on experts can be
+    trained. The rule is checked if the model is on this machine.
     """
     adapted_layers = frozenset() if run.engine == "transformers" else _adapted_experts(run)
     if adapted_layers and run.model is not None:

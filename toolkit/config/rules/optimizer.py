@@ -34,7 +34,7 @@ _NON_NUMERIC_OPTIONS = (
 )
 def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
     """The optimizers GaLore and APOLLO need optim_target_modules. Their layerwise variants also
-    need gradient_accumulation_steps: 1 and a single process.
+    need a single process and gradient_accumulation_steps: 1.
 
     GaLore and APOLLO project the gradients of the modules in the list optim_target_modules. The
     layerwise variants update weights inside the backward pass, so gradients cannot be summed over

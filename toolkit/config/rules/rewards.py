@@ -254,7 +254,7 @@ def _columns(run: Run) -> set[str] | None:
     fix="options: {pattern: 'a+'}",
 )
 def options_are_known(run: Run) -> Iterator[RuleViolation]:
-    """The options of a built-in reward exist, and its required options are set.
+    """A built-in reward gets only options that it has, and all options that it requires.
 
     If the reward is your own function, the options are passed to the function as keyword arguments.
     """

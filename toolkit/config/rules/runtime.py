@@ -160,9 +160,10 @@ def trainer_and_engine_share_dtype(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the trainer computes in the format that the engine samples in.
 
     With a float32 engine and a bfloat16 trainer, the run samples a slightly different policy than
-    it trains. The log-probabilities of the two differ by 3e-3 to 6e-3 nats per token. If both use
-    float32, the difference is 1e-6. Without the vLLM engine, the trained model itself samples, so
-    there is only one format. GRPO023 reports two different 16-bit formats.
+    it trains. The log-probabilities of the two differ by 3e-3 to 6e-3 nats per token. If
+    engine and trainer both use float32, the difference is 1e-6. Without the vLLM engine, the
+    trained model itself samples, so there is only one format. If engine and trainer would use two
+    different 16-bit formats, another rule (GRPO023) reports this.
     """
     if run.engine != "vllm" or run.get("model.dtype") != "float32":
         return

@@ -61,12 +61,13 @@ def one_half_precision(run: Run) -> Iterator[RuleViolation]:
     fix="save_strategy: epoch",
 )
 def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
-    """load_best_model_at_end is for full fine-tuning, and needs every checkpoint to be evaluated.
+    """load_best_model_at_end is used only with full fine-tuning, and only if every checkpoint is
+    evaluated.
 
     A LoRA run ends with its last adapter. runtime.keep_best also keeps the best checkpoints, and
-    `toolkit export --checkpoint` exports one of them. With full fine-tuning, eval_strategy and
-    save_strategy must be the same (or save_strategy is best). If both are steps, save_steps must be
-    a multiple of eval_steps.
+    `toolkit export --checkpoint` exports one of them. With full fine-tuning, set
+    `save_strategy: best`, or give save_strategy and eval_strategy the same value. If this value is
+    `steps`, save_steps must be a multiple of eval_steps.
     """
     if not run.value(_BEST):
         return

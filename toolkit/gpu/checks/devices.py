@@ -238,9 +238,9 @@ CHECKS = (
     Check(
         "devices.order",
         "CUDA numbers the cards like nvidia-smi",
-        "Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA numbers different cards by speed, but "
-        "nvidia-smi numbers the cards by PCI bus. A job that selects GPU 1 of nvidia-smi may then "
-        "run on another card.",
+        "If a node has cards of several kinds, CUDA numbers them by speed, but nvidia-smi numbers "
+        "them by PCI bus. A job that selects GPU 1 of nvidia-smi may then run on another card. "
+        "With CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA uses the order of nvidia-smi.",
         "set `CUDA_DEVICE_ORDER=PCI_BUS_ID`",
         order,
     ),

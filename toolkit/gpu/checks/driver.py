@@ -175,8 +175,8 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """Check that all cards are data-centre cards if forward compatibility is used. On other cards
-    CUDA fails with error 804.
+    """If CUDA's forward compatibility is used, check that all cards support it. Desktop cards and
+    cards with integrated memory do not support it, and CUDA fails on them with error 804.
     """
     first = (snapshot.driver.libcuda.value or [{}])[0]
     module = snapshot.driver.kernel_module.value or snapshot.driver.version.value

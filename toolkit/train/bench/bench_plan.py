@@ -74,10 +74,11 @@ def _token_candidates(settings: Settings) -> list[int]:
     """Return the candidates for ``ours_tokens`` (the maximum number of tokens of a forward pass),
     the largest first.
 
-    The largest candidate is the number of tokens of a whole optimizer step in which all sequences
-    have the maximum length. The others are fractions of this number, but at least the tokens of one
-    sequence. If the user set ``ours_batch``, the only candidate is the number of tokens of this
-    many sequences. Otherwise, if the user set ``ours_tokens``, the only candidate is this number.
+    If the user set ``ours_batch``, the only candidate is the number of tokens of ``ours_batch``
+    sequences. If the user set only ``ours_tokens``, the only candidate is the value of
+    ``ours_tokens``. If the user set neither, the largest candidate is the number of tokens of a
+    whole optimizer step in which all sequences have the maximum length. The other candidates are
+    fractions of the largest candidate, but at least the number of tokens of one sequence.
     """
     sequence_tokens = settings.sequence_tokens
     if settings.ours_batch is not None:

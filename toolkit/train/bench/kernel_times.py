@@ -199,7 +199,7 @@ class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.recorder: KernelRecorder | None = None
 
     def start_in_last_step(self) -> None:
-        """Called at the end of a rollout. In the last step, this starts the profiler."""
+        """Called at the end of a rollout. Starts the profiler if the step is the last one."""
         if self.step == self.last and self.recorder is None:
             self.recorder = KernelRecorder()
             self.recorder.start()

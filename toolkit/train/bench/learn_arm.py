@@ -1,10 +1,10 @@
 """Train one arm of ``bench --learn`` with one seed in its own process: ``python -m
 toolkit.train.bench.learn_arm ARM SETTINGS RESULT``.
 
-Adapters are saved during the training, and ``learn_eval`` evaluates them after it. So all arms have
-the same evaluator, and the training time includes no evaluation. The training time starts at the
-first optimizer step, because the time of loading is reported separately. The clock is stopped while
-an adapter is saved.
+Adapters are saved during the training. After the training, ``learn_eval`` evaluates them. So all
+arms have the same evaluator, and the training time includes no evaluation. The training time starts
+at the first optimizer step, because the time of loading is reported separately. The clock is
+stopped while an adapter is saved.
 """
 
 from __future__ import annotations

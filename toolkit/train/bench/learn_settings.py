@@ -35,8 +35,9 @@ completions, TRL's step took 2.5 times as long.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnSettings(Settings):
-    """The settings of one arm with one seed. An adapter is saved every ``every`` optimizer steps,
-    and evaluated later on ``held_out`` problems of ``task``.
+    """The settings of one arm with one seed. The adapter is saved each time after ``every``
+    optimizer steps. Each saved adapter is evaluated later. ``held_out`` is the number of problems
+    of ``task`` for this evaluation.
     """
 
     task: str = "sums"

@@ -228,8 +228,8 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str:
     end = str(rendered).rpartition(answer)[2].strip()
     if end not in tokenizer.get_vocab():
         raise InputError(
-            f"the chat template ends an answer with {end!r}. This is not one token of the "
-            "vocabulary, so a completion would not end there",
+            f"the chat template ends an answer with {end!r}. The vocabulary has no single token "
+            "for this text, so a completion would not end there",
             where="tokenizer",
             fix="correct the chat template, or use another instruct model",
         )

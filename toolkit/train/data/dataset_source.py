@@ -124,8 +124,8 @@ def _data_file_path(folder: Path, entry: object) -> Path:
 def _read_hub(
     path: str, split: str, name: str | None, revision: str | None, limit: int | None
 ) -> tuple[Rows, str]:
-    """Load a dataset from the hub or the hub cache, and return its rows and their digest. datasets
-    >= 4 does not run code of a dataset.
+    """Load a dataset from the hub or the hub cache, and return its rows and their digest. Code of
+    the dataset is not run, because version 4 of the datasets library removed this feature.
     """
     try:
         dataset = datasets.load_dataset(path, name=name, split=split, revision=revision)

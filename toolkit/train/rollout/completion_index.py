@@ -28,7 +28,7 @@ training.
 
 
 class CompletionIndex:
-    """Numbers the completions that ``trainer`` draws.
+    """Gives each completion that ``trainer`` draws a row number, and each sampling call a seed.
 
     Attributes of the trainer may be missing, because TRL's tests create trainers with
     ``object.__new__``.

@@ -122,9 +122,10 @@ def _difference_from_padded(model: PreTrainedModel, padded_pass: Callable[..., A
     """Compare the packed and the padded pass on a small batch. Return a text that says how the
     results differ, or None if they agree.
 
-    With a wrong attention function, log-probabilities change about as much as if the prompts were
-    left out. Rounding changes them far less. Therefore the limit for the difference is a fraction
-    of the change that leaving out the prompts causes.
+    A further pass without the prompts gives the limit for the difference. A wrong attention
+    function changes the log-probabilities about as much as the missing prompts do. Rounding changes
+    them far less. Therefore the limit is a fraction of the change in the pass without the prompts,
+    but at least ``_ROUNDING_NATS``.
     """
     was_training = model.training
     model.eval()

@@ -191,7 +191,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return reason
 
     def _trl_pass(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's own forward pass of a padded batch. The trainer class defines it."""
+        """TRL's own forward pass of a padded batch. The trainer class overrides this method."""
         raise NotImplementedError
 
     def _padded_pass(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
