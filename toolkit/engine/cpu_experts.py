@@ -38,8 +38,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm ships no types
-    """A subclass of vLLM's method for unquantized experts. If vLLM has chosen its Triton backend,
-    this class computes the experts in plain torch instead.
+    """A subclass of the class with which vLLM computes unquantized experts. If vLLM has chosen its
+    Triton backend, this subclass computes the experts in plain torch instead.
     """
 
     def process_weights_after_loading(self, layer: Any) -> None:

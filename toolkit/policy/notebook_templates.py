@@ -126,8 +126,8 @@ def _convert_message(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_on_responses_only(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Raise UnsupportedError. In Unsloth this function sets the loss mask of supervised
-    fine-tuning, which TRL sets itself.
+    """Raise UnsupportedError. In Unsloth, this function masks the loss of supervised fine-tuning.
+    Here it is not supported, because options of TRL's SFTConfig do the same.
     """
     del trainer, args, kwargs
     raise UnsupportedError(

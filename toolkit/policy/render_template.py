@@ -57,8 +57,9 @@ class _LimitedTemplate:
 
 
 class _LimitedParser:
-    """The method that replaces ``parse_response`` of a tokenizer. It reads tool calls from a
-    completion, with the regular expressions of the tokenizer's response template.
+    """The method that replaces ``parse_response`` of a tokenizer. It calls the original method with
+    a time limit and a memory limit. That method reads tool calls from a completion, with the
+    regular expressions of the tokenizer's response template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

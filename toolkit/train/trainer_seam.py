@@ -198,9 +198,9 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
     def log_completion_metrics(
         self, prompts: list[Any], batch: CompletionBatch, counts: Mapping[str, int]
     ) -> None:
-        """Log TRL's metrics of the completions of ``batch``, in place of the metrics of earlier
-        draws. ``counts`` is the result of a call of ``completion_metric_counts`` before the first
-        draw. The values that were logged after that call are removed.
+        """Remove the metrics that were logged for the draws, and log TRL's metrics for ``batch``.
+        ``counts`` is what ``completion_metric_counts`` returned before the first draw. All values
+        that were logged later are removed.
 
         TRL computes these metrics in its method ``_generate``. Therefore this method calls
         ``_generate`` with a ``rollout_func`` that samples nothing and returns ``batch``. The number

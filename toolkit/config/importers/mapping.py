@@ -45,8 +45,8 @@ class Row(NamedTuple):
     """A row of a table. It says how the key ``foreign_key`` of another tool is converted.
 
     ``run_key`` is the dotted key of the run file that replaces ``foreign_key``; None means that no
-    key replaces it. If ``run_key`` is None, ``refused`` is True if ``foreign_key`` requests
-    something that this toolkit does not support, and False if a run does not need ``foreign_key``.
+    key replaces it. In this case, ``refused`` is True if ``foreign_key`` requests something that
+    this toolkit does not support. ``refused`` is False if a run does not need ``foreign_key``.
     ``off`` lists the values of a refused key that turn the unsupported feature off. ``why`` is the
     reason for the conversion. ``convert`` is the function that converts the value. ``migrated_key``
     is the name of the key in config/migration, if that module converts the key.
