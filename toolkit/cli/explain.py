@@ -115,9 +115,10 @@ def _format_symptom(symptom: Symptom) -> str:
 
 
 def _finding_command(check: str) -> str:
-    """Return the command that finds a known error before the run. The text in parentheses is the
-    rule or the check that finds the error, or the number to look at in the output. ``check`` is the
-    field ``check`` of a Symptom.
+    """Return the command that finds a known error before the run, followed by a text in
+    parentheses. For ``envcheck size``, this text names the number in the output that shows the
+    error. For the other commands, it is the rule or the check that finds the error. If no command
+    finds the error, the result says so. ``check`` is the field ``check`` of a Symptom.
     """
     if check.startswith("none: "):
         return f"nothing before the run ({check.removeprefix('none: ')})"

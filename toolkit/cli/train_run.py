@@ -83,10 +83,10 @@ def train(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """Train RUN.yaml with GRPO.
 
-    The command checks the node, chooses every "auto" value for the memory of the GPU, trains, and
-    writes a report. Exit codes: 1 the run file must change; 2 an input cannot be read; 3 the node
-    is bad; 4 try again later; 75 a signal stopped the run after it wrote a checkpoint. After exit
-    code 75, start the same command again to continue.
+    The command checks the node, replaces every "auto" by a value that fits the memory of the GPU,
+    trains, and writes a report. Exit codes: 1 the run file must change; 2 an input cannot be read;
+    3 the node is bad; 4 try again later; 75 a signal stopped the run after it wrote a checkpoint.
+    After exit code 75, start the same command again to continue.
     """
     option_values = {
         "runtime.output_dir": output_dir,

@@ -367,7 +367,7 @@ def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
 
 
 def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
-    """Return why vLLM cannot run the model of this config.json in ``dtype``; None if it can."""
+    """Return why vLLM cannot run the model in float16; None if it can, or for another ``dtype``."""
     model_type = config.get("model_type")
     if dtype != "float16" or model_type not in NO_FLOAT16_TYPES:
         return None

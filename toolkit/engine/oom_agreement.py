@@ -60,9 +60,9 @@ def watch_peers() -> None:
 
 @contextmanager
 def repeatable_phase() -> Iterator[None]:
-    """A context manager for work that can be repeated. If one process runs out of memory in the
-    block after it has called ``watch_peers``, an out-of-memory error is raised in all processes of
-    the group.
+    """A context manager for work that can be repeated. If one process runs out of memory
+    between a call of ``watch_peers`` in the block and the end of the block, an out-of-memory error
+    is raised in all processes of the group.
 
     Raises:
         PeerOutOfMemoryError: another process ran out of memory.

@@ -12,8 +12,8 @@ of its sizes with one of these words:
 - ``reserved``: ``cuda`` is ``nvml`` minus the size that ``nvidia-smi -q`` calls "Reserved" in the
   log at the address in card_sources.
 - ``reported``: ``cuda`` is the size that is commonly reported for current drivers. No log that
-  names the card was found. If card_sources has an address for the card, the address is the source
-  of ``nvml``, or of ``cuda`` with an older driver that reserved less memory.
+  names the card was found. If card_sources has an address for the card, the log there shows
+  ``nvml``, or it shows the ``cuda`` of an older driver, which reserved less memory.
 - ``alike``: ``nvml`` is what ``nvidia-smi`` prints. ``cuda`` is copied from another card in this
   table with the same chip and the same memory.
 - ``computed``: ``nvml`` is what ``nvidia-smi`` prints in public logs, or the size in the data
@@ -27,9 +27,9 @@ logs in card_sources and NVIDIA's MIG guide. If drivers print different sizes, t
 used.
 
 A size with ``~`` is computed, because no size of this slice was published. NVIDIA divides the
-memory of a card into eighths, and a slice gets one or more eighths. Other cards have published
-slices with the same number of eighths. For each of them, the share of its card's memory is
-computed. The smallest share, multiplied by the memory of this card, is the size of the slice.
+memory of a card into eighths, and a slice gets one or more eighths. For slices of other cards with
+the same number of eighths, sizes were published. Each such size is divided by the memory of its
+card. The smallest quotient, multiplied by the memory of this card, is the size of the slice.
 """
 
 from __future__ import annotations

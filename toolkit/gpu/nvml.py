@@ -71,7 +71,7 @@ def run_query(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[
 
 def read(deadline_s: float = DEADLINE_S) -> NvmlReadings:
     """Return the results of all NVML queries on this node. If the driver does not respond within
-    ``deadline_s`` seconds, the results have the reason in ``start``.
+    ``deadline_s`` seconds, the field ``start`` has the reason, and no other query has a value.
     """
     results: list[NvmlReadings] = []
     worker = threading.Thread(target=lambda: results.append(_query_all()), name="nvml", daemon=True)

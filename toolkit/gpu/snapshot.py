@@ -108,8 +108,8 @@ class DriverSnapshot:
     """What is known about the driver. ``nvml`` is the version of NVML, or the reason why NVML did
     not start. ``version`` is the version of the driver.
 
-    ``p2p`` has [i, j, status] for each pair of cards (status 0 is OK). ``driver_files`` reads the
-    other fields.
+    ``p2p`` has [i, j, status] for each pair of cards (status 0 is OK). The fields after ``p2p`` are
+    read by the module ``driver_files``.
     """
 
     nvml: Reading[str] = NOT_QUERIED

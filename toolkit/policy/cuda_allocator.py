@@ -1,9 +1,9 @@
 """Make torch's CUDA allocator use expandable segments.
 
 Ordinary segments cannot grow, so freed blocks that are too small for later requests stay unusable.
-If a run uses almost all memory of a GPU, a step can then run out of memory although gigabytes are
-free (1.8 and 3.1 GiB were measured for an 8B model with 8 x 4096 tokens). Expandable segments unmap
-such blocks, so that their memory can be used again.
+Because of such blocks, a step of a run that uses almost all memory of a GPU can run out of memory
+although gigabytes are free (1.8 and 3.1 GiB were measured for an 8B model with 8 x 4096 tokens).
+Expandable segments unmap such blocks, so that their memory can be used again.
 
 In sleep mode, vLLM itself switches expandable segments off while it allocates the KV cache. vLLM
 0.25.1 reads ``PYTORCH_CUDA_ALLOC_CONF`` to find out whether they are on. vLLM 0.31 reads the

@@ -48,10 +48,10 @@ def merge_adapter(
     tokenizer to the folder ``target``. Returns the folder.
 
     The sum is computed in float32 and rounded once to ``dtype``, where "auto" means the dtype of
-    the checkpoint. In float32 the logits equal those of base model plus adapter, except for the
-    order of additions (about 1e-5). In bfloat16 an update below half a unit in the last place of
-    the weight is lost. If the adapter was trained on the model in 4 bits, it is merged into the
-    unquantized weights of the checkpoint.
+    the checkpoint. If ``dtype`` is float32, the logits equal those of base model plus adapter,
+    except for the order of additions (about 1e-5). If ``dtype`` is bfloat16, an update below half a
+    unit in the last place of the weight is lost. If the adapter was trained on the model in 4 bits,
+    it is merged into the unquantized weights of the checkpoint.
 
     Raises:
         ConfigValueError: ``target`` is not empty, or the adapter belongs to another base model.

@@ -286,10 +286,10 @@ def _kernel_attention(
 
 def gather_keys(x_NHD: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     """Return the keys (or values) of all segments (K, H, D), one segment after another. ``x_NHD``
-    are those of the tokens of the pack.
+    are the keys (or values) of the tokens of the pack.
 
-    The gradient of a token of a shared prompt is the sum over the segments that attend to it. It is
-    added in a fixed order, in float32.
+    Several segments can attend to the same token, for example of a shared prompt. The gradients
+    from these segments are added in a fixed order, in float32.
     """
     gathered: torch.Tensor = _GatherKeys.apply(x_NHD, layout)  # type: ignore[no-untyped-call]  # torch's own
     return gathered

@@ -146,11 +146,11 @@ def find_slice(
 
 
 def full_slice(source: str, shape: Shape, tensors: EngineTensors) -> Slice:
-    """Return a slice with all rows of the tensor ``source``. If the engine has padded the tensor,
-    the slice has only the rows before the padding.
+    """Return a slice with all rows of the engine's tensor ``source``. If the engine has padded this
+    tensor, the slice has only the rows before the padding.
 
     Raises:
-        UnsupportedError: ``shape`` is not the shape of the tensor.
+        UnsupportedError: the slice would not have the shape ``shape``.
     """
     available_shape = usable_shape(source, tensors)
     is_padded = (

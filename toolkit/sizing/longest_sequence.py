@@ -23,15 +23,15 @@ MIN_SEQUENCE_TOKENS = 32
 def longest_fitting_sequence(
     config: RunConfig, candidate: Candidate, attempt: Callable[[RunConfig], Fit]
 ) -> int | None:
-    """Return about the greatest sequence length (prompt and completion, in tokens) with which the
-    run fits if each pass has one sequence.
+    """Return a sequence length (prompt and completion, in tokens) with which the run fits if each
+    pass has one sequence. The greatest length that fits is at most 16 tokens or 1/64 longer.
 
-    The returned length fits. The greatest length that fits is at most 16 tokens or 1/64 longer.
-    Return 0 if not even sequences of ``MIN_SEQUENCE_TOKENS`` tokens fit.
+    Return 0 if not even sequences of ``MIN_SEQUENCE_TOKENS`` tokens fit. Return None in two cases:
 
-    Return None in two cases. In the first case, the run fits with the sequence length of ``config``
-    and one sequence per pass, so shorter sequences are not needed. In the second case, that
-    sequence length is at most ``MIN_SEQUENCE_TOKENS``, so no shorter sequences are tried.
+    - The run fits with the sequence length of ``config`` and one sequence per pass, so shorter
+      sequences are not needed.
+    - The sequence length of ``config`` is at most ``MIN_SEQUENCE_TOKENS``, so shorter sequences are
+      not tried.
     """
     full_length = candidate.work.sequence_tokens
 

@@ -148,10 +148,10 @@ def _possible_splits(
     if run.engine == "transformers" or not config.model.share_weights:
         return [1]
     sizes = parallel.possible_sizes(split_facts(spec), world_size)
-    return [size for size in sizes if _deals_evenly(config, world_size // size)] or [1]
+    return [size for size in sizes if _divides_evenly(config, world_size // size)] or [1]
 
 
-def _deals_evenly(config: RunConfig, replicas: int) -> bool:
+def _divides_evenly(config: RunConfig, replicas: int) -> bool:
     """Whether the completions of a rollout divide evenly over ``replicas`` copies of the model, and
     consist of complete groups (a group is all completions of one prompt).
     """

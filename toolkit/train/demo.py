@@ -276,8 +276,8 @@ def _loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def _measure_accuracy(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
 ) -> tuple[float, float]:
-    """Answer ``problems`` by greedy decoding. Return the share of correct answers, and the share
-    of answers that are correct or correct except for the carry.
+    """Answer ``problems`` (additions) by greedy decoding. Return two shares of the answers: those
+    that are the sum, and those that are the sum or the sum without the carry.
     """
     prompts = torch.tensor([tokenizer(question(p))["input_ids"] for p in problems])
     ids = prompts

@@ -339,7 +339,7 @@ def _open_logs(
     options: Options,
     run_dir_watch: RunDirWatch,
 ) -> None:
-    """Begin the branch of the run, which moves the files of an abandoned branch away. Then open the
+    """Begin the branch of the run, and move the files of an abandoned branch away. Then open the
     log files and the trackers.
     """
     assert trainer.signals is not None

@@ -120,9 +120,9 @@ def _one_line(text: str) -> str:
 
 
 def _accepted_values(row: Row) -> str:
-    """Return, as text, the values that turn off the unsupported feature of a refused key. With such
-    a value the key is not refused. The text omits values that mean "off" for every key, such as
-    False. If the key of ``row`` is not a refused key, the text is empty.
+    """Return, as text, the values that a refused key may have, because they turn the unsupported
+    feature off. The text omits values that mean "off" for every key, such as False. If the key of
+    ``row`` is not a refused key, the text is empty.
     """
     usual = Row._field_defaults["off"]
     return ", ".join(str(one) for one in row.off if one not in usual) if row.refused else ""

@@ -139,9 +139,9 @@ def reward_exists(run: Run) -> Iterator[RuleViolation]:
 def function_violations(
     run: Run, path: KeyPath, module: str, function: str
 ) -> Iterator[RuleViolation]:
-    """Yield a violation if the user's function cannot be called. Either runtime.allow_code does not
-    allow ``module``, or the source of ``module`` does not define ``function``. The violation is
-    reported at the key ``path``.
+    """Yield a violation if runtime.allow_code does not allow ``module``, or if the source of
+    ``module`` does not define the user's function ``function``. The violation is reported at the
+    key ``path``.
     """
     if not _is_code_allowed(run, module):
         yield code_not_allowed(run, path, module)

@@ -88,8 +88,9 @@ class Run:
     def value(self, path: str) -> Any:
         """The value of a key as plain data. Raises SkipRule if the value is invalid.
 
-        If the run file does not set the key, the result is the key's default. If the run starts
-        from an adapter, the result for a lora key that is not set is the adapter's value instead.
+        If the run file does not set the key, the result is the key's default, with one exception:
+        if the run starts from an adapter and the key is a lora key, the result is the adapter's
+        value.
         """
         if not self.is_set(path):
             name = path.removeprefix("lora.")

@@ -253,9 +253,9 @@ CHECKS = (
     Check(
         "driver.cuda",
         "The driver runs the CUDA that torch was built for",
-        "CUDA 13.x needs driver 580 or newer, CUDA 12.x driver 525 or newer. Within a "
-        "major release of CUDA, these drivers also run newer minor releases, except for code that "
-        "is compiled at run time.",
+        "CUDA 13.x needs driver 580 or newer, and CUDA 12.x needs driver 525 or newer. Such a "
+        "driver runs all minor releases of the same major release of CUDA. Code that is compiled "
+        "at run time is an exception: it can need a newer driver.",
         "update the driver, use a node with a newer driver, or install torch for an older CUDA",
         cuda,
     ),

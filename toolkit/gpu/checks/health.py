@@ -126,8 +126,8 @@ def recovery(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Check that the NVSwitch fabric is ready. Otherwise CUDA fails to start with error 802, even
-    on one card.
+    """Check that the NVSwitch fabric is ready. If it is not ready, CUDA fails to start with error
+    802, even on one card.
     """
 
     def check_gpu(gpu: GpuSnapshot) -> Outcome | None:

@@ -96,7 +96,9 @@ class Settings:
 
     @property
     def decode_steps(self) -> float:
-        """The expected length of the longest completion of an optimizer step, in tokens."""
+        """The expected number of decode steps in an optimizer step. This is the number of tokens of
+        the step's longest completion.
+        """
         if self.mean_tokens is None:
             return float(self.completion_tokens)
         return min(float(self.completion_tokens), self.mean_tokens * math.log(self.sequences))
@@ -133,8 +135,8 @@ class Settings:
 @dataclass(slots=True)
 class Result:
     """The measurements of one arm, in seconds, bytes and nats. A measurement that the arm does not
-    have is None or an empty list. ``publish_s`` has the seconds of each copy of the trained policy
-    to the engine.
+    have is None or an empty list. The trained policy is copied to the engine several times, and
+    ``publish_s`` has the seconds that each time took.
     """
 
     arm: str

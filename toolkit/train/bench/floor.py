@@ -3,8 +3,8 @@
 Each decode step must read every weight once, and the KV cache of every sequence. Prefill and the
 training step must do their matrix multiplications. LoRA does not train base weights, so the
 training step is a forward pass and the part of the backward pass that computes the gradients of
-activations. These are 4 operations per parameter and token (Kaplan et al. 2020, arXiv 2001.08361,
-without the gradients of weights).
+activations. Both parts together need 4 operations per parameter and token (Kaplan et al. 2020,
+arXiv 2001.08361, without the gradients of weights).
 """
 
 from __future__ import annotations

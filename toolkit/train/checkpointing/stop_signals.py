@@ -40,8 +40,11 @@ class StopSignals:
     """Records the first signal that was received, and decides when this signal may stop the run.
 
     ``stops_immediately`` is true while there is nothing to save (loading, checks). A signal then
-    stops the run at once. If ``abandon`` is False, no step is interrupted, because all ranks must
-    stop at the same step.
+    stops the run at once.
+
+    If ``abandon`` is True, a step that does not end within ``grace_s`` seconds after the signal is
+    interrupted. A run with several ranks sets ``abandon`` to False, because all ranks must stop at
+    the same step.
     """
 
     def __init__(self, *, abandon: bool = True, grace_s: float | None = None) -> None:

@@ -115,9 +115,9 @@ class PhasePeaks:
 
     @contextmanager
     def sampling(self, engine: RolloutEngine) -> Iterator[None]:
-        """Wake the engine, and measure the rollout inside the ``with`` block.
+        """Wake the engine, and measure the memory peak of the rollout, which is the ``with`` block.
 
-        The time between two rollouts is measured as a training phase.
+        After the block, a training phase begins. It ends at the next call of this function.
         """
         self.end_training()
         engine.wake()  # frees torch's cache, so it must run before the reset

@@ -9,7 +9,8 @@ TRL 1.16 has no option for dynamic sampling. Its ``_generate_and_score_completio
 A ``Generation`` runs after the first step. It scores the drawn completions, then draws and scores
 groups of other prompts. It writes the new groups into the lists ``inputs`` and ``prompts``, which
 TRL uses in the later steps. Thus log-probabilities are computed only for completions that are
-trained on, and each completion is scored only once.
+trained on. The trainer's ``_calculate_rewards`` returns the rewards that the ``Generation`` has
+already computed, so each completion is scored only once.
 """
 
 from __future__ import annotations

@@ -257,12 +257,12 @@ def tokenize_distinct(tokenize: Callable[[list[Any]], Any], prompts: list[Any]) 
 
 
 def group_size(prompts: list[list[int]], num_generations: int) -> int:
-    """Return how many consecutive prompts can be sampled with one request.
+    """Return how many consecutive items of ``prompts`` can be sampled with one request.
 
-    A request has one prompt and several completions, and its prompt is computed only once. If the
-    prompts within each group are equal, the result is ``num_generations``. Otherwise it is 1. For
-    example, the prompts of a group differ after a turn with a tool. The result is also 1 if this
-    rank has only a part of a group.
+    One request computes one prompt once, and samples several completions of it. So one request can
+    replace several equal items. If all items within each group are equal, the result is
+    ``num_generations``. If they are not equal, for example after a turn with a tool, the result is
+    1. The result is also 1 if this rank has only a part of a group.
     """
     if num_generations < 2 or len(prompts) % num_generations:
         return 1

@@ -153,8 +153,8 @@ def record_gaps(
     inputs: dict[str, Any],
     skipped_rows: Iterable[int] = (),
 ) -> None:
-    """Record the gaps of one micro-batch. ``logps`` are the log-probabilities from the forward pass
-    of training.
+    """Record the gaps of one micro-batch: the differences between the log-probabilities of the
+    engine and ``logps``, the log-probabilities from the forward pass of training.
 
     The importance weights, which TRL's loss reads, are added to ``inputs``. ``skipped_rows`` are
     the indices of rows that the forward pass left out. The metrics exclude these rows.

@@ -60,9 +60,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         """Merge the micro-batches of one optimizer step into one batch.
 
         Later ``row_parts`` splits the merged batch by the lengths of its rows, and keeps the
-        completions of a prompt together. The gradient does not depend on this split, unless one of
-        the settings in ``SPLIT_DEPENDENT_FIELDS`` is used. With such a setting, micro-batches are
-        not merged.
+        completions of a prompt together. With the settings in ``SPLIT_DEPENDENT_FIELDS``, the
+        gradient would depend on this split, so micro-batches are not merged. With all other
+        settings, the gradient does not depend on the split.
         """
         self.padding_free = getattr(args, "padding_free", True)
         if (

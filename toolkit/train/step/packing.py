@@ -209,8 +209,9 @@ def even_packs(
     """Distribute ``rows`` over exactly ``pack_count`` evenly filled packs.
 
     If there are fewer rows than packs, some packs are empty. Rows of one prompt are put into the
-    same pack, with two exceptions: they have more than ``max_tokens`` tokens or more tokens than
-    the average pack, or there are fewer prompts than packs.
+    same pack, except in two cases. In the first case, these rows have more than ``max_tokens``
+    tokens, or more tokens than the average pack. In the second case, there are fewer prompts than
+    packs.
     """
     tokens_per_pack = max(1, -(-count_pack_tokens(rows) // pack_count))
     units = _same_prompt_units(
