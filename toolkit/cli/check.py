@@ -44,7 +44,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--gpu-index",
             type=click.IntRange(min=0),
             metavar="N",
-            help="Check the GPU that CUDA numbers N.",
+            help="Check the GPU with the CUDA index N.",
         ),
         click.option(
             "--require",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "--gpu-index",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Compute the memory for the GPU that CUDA numbers N on this node.",
+    help="Compute the memory for this node's GPU with the CUDA index N.",
 )
 @click.option(
     "--cpu", is_flag=True, help="Compute the memory for the CPU, even if this node has a GPU."
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a key of the run file or, if the target is a MODEL, a default (lora.r=64). "
-    "Repeatable.",
+    help="Change a key of the run file, for example lora.r=64. If the argument is a model, change "
+    "the default of the key. Repeatable.",
 )
 @click.option(
     "--world-size",

@@ -24,8 +24,8 @@ def engine_memory(llm: LLM) -> dict[str, int]:
     result is empty on the CPU.
 
     ``engine.loaded`` is the sum of the weights, the LoRA slots and the tables of rotary position
-    embeddings. A term that vLLM did not measure is omitted. For example, vLLM makes no profiling
-    run if the size of the KV cache is configured.
+    embeddings. A term that vLLM did not measure is omitted. For example, vLLM does not
+    measure the activations if the size of the KV cache is configured.
     """
     if device_type() != "cuda":
         return {}

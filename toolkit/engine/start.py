@@ -136,9 +136,9 @@ def free_previous_engine() -> None:
 def add_cpu_arguments(arguments: dict[str, Any]) -> None:
     """Add to ``arguments`` the arguments that vLLM's CPU worker needs.
 
-    Chunked prefill is switched off. After the prefill of a part of a prompt, vLLM resets the random
-    generator of the request to an earlier offset. torch's CPU generators cannot do that ("CPU
-    Generator does not use offset", 0.25.1 to 0.31.0).
+    Chunked prefill is switched off. With chunked prefill, vLLM resets the random generator of a
+    request to an earlier offset after it has processed a part of the prompt. torch's CPU generators
+    cannot do that ("CPU Generator does not use offset", 0.25.1 to 0.31.0).
     """
     if arguments.get("tensor_parallel_size", 1) > 1:
         use_gloo_all_reduce()

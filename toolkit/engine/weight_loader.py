@@ -2,8 +2,8 @@
 
 The loader reads checkpoints as vLLM's default loader does, and in addition:
 
-* On a CPU it makes each linear layer keep its weight as loaded. Otherwise vLLM would repack the
-  weight for its matrix kernel and drop the original, so the trainer could not share it
+* On a CPU it makes each linear layer keep its weight as loaded. By default vLLM repacks the
+  weight for its matrix kernel and drops the original, which the trainer then could not share
   (``_cpu_skip_gemm_dispatch``, vLLM 0.31.0). On CUDA vLLM does not repack the weights.
 * It records the name of every tensor that it read. ``policy.shared_weights`` uses these names to
   reject a checkpoint with a tensor that belongs to no parameter of the model.

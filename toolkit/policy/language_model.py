@@ -144,9 +144,9 @@ class FastLanguageModel:
         The update of a weight is s B A, with s = alpha/r (arXiv 2106.09685), or alpha/sqrt(r) with
         ``use_rslora`` (arXiv 2312.03732). B is 0 at first, so the adapter does not change the
         logits. The same ``random_state`` gives the same adapter weights. By default the projections
-        of attention and MLP are adapted. In a mixture of experts only the projections of attention
-        are adapted. If the model already has an adapter with these settings, the model is returned
-        unchanged with a warning.
+        of attention and MLP are adapted in a dense model, and only the projections of attention in
+        a mixture of experts. If the model already has an adapter with these settings, the model is
+        returned unchanged with a warning.
 
         Raises:
             ConfigTypeError: r is not an int, a keyword is unknown, or the model already has an

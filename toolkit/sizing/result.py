@@ -256,8 +256,9 @@ class SizingResult:
         )
 
     def utilization_error(self, config: RunConfig) -> ConfigError | None:
-        """Return an error if gpu_memory_utilization in the run file is too low or too high for this
-        run, even without the safety margins. Otherwise return None.
+        """Return an error if gpu_memory_utilization in the run file is outside the interval that is
+        possible for this run. The interval is computed without safety margins. Return None in
+        all other cases, also for the value "auto".
         """
         configured, interval = config.model.gpu_memory_utilization, self.interval
         low, high = interval.min_without_margin, interval.max_without_margin

@@ -44,8 +44,8 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class RunStart:
-    """How a run resumes: its branch, the number of bytes to keep of each log, and messages for the
-    user.
+    """How a new or resumed run begins: its branch, the number of bytes to keep of each log, and
+    messages for the user.
     """
 
     branch: Branch

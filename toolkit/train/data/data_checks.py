@@ -92,9 +92,10 @@ def left_out_columns(names: Sequence[str], used: Sequence[str]) -> dict[str, str
 def pretruncate_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], limit: int | None
 ) -> list[Prompt]:
-    """Remove the beginning of very long prompts before the prompts are tokenized. Otherwise
-    megabytes of text would be tokenized to keep a few hundred tokens. A shortened prompt still has
-    more than ``limit`` tokens. ``prompt_format.truncate_prompt`` applies the exact limit later.
+    """Remove the beginning of very long prompts before the prompts are tokenized. Without this
+    step, megabytes of text would be tokenized to keep a few hundred tokens. A shortened prompt
+    still has more than ``limit`` tokens. ``prompt_format.truncate_prompt`` applies the exact limit
+    later.
     """
     if limit is None or all(_count_characters(prompt) <= MIN_CHARACTERS for prompt in prompts):
         return prompts
