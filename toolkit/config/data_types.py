@@ -64,9 +64,9 @@ def too_deep_message(name: str) -> str:
 class ColumnType:
     """The type of a column, as the values that were checked so far show it.
 
-    Arrow accepts a boolean after a float, and so does this class. If the boolean comes before the
-    float, this class always refuses the column, but Arrow refuses it in two cases only: both values
-    are in the same list, or both are values of the column itself (not nested).
+    A column can contain both a boolean and a float. If the float comes first, Arrow and this class
+    accept the column. If the boolean comes first, this class refuses the column. Arrow then refuses
+    it only if both values are in the same list, or if neither value is nested.
     """
 
     __slots__ = ("fields", "has_floats", "has_wide_integers", "item", "type")

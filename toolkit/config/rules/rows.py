@@ -154,9 +154,9 @@ def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
     """dynamic_sampling and curriculum need a dataset that has more rows than a generation batch
     has prompts.
 
-    Each of these features can replace rows of the batch by other rows of the dataset. If every
-    batch needs all rows, there are no other rows, and the feature has no effect. The rule is
-    checked if the rows can be counted.
+    Each of these features can replace a row of the batch by a row that is not in the batch. If
+    every batch needs all rows of the dataset, there is no such row, and the feature has no effect.
+    The rule is checked if the rows can be counted.
     """
     active_features = [key for key in _PROMPT_FEATURES if run.get(key) is True]
     if not active_features:

@@ -196,7 +196,8 @@ def _import_interfaces() -> Any:
         from openenv.core.env_server import interfaces  # noqa: PLC0415 - only this adapter needs it
     except ImportError as error:
         raise MissingExtraError(
-            f"environment.adapter: openenv needs the package openenv: {first_line(error)}",
+            "environment.adapter is openenv, but the package openenv cannot be imported: "
+            f"{first_line(error)}",
             fix="install openenv in a separate virtual environment, and set environment.python to "
             "the path of its interpreter. openenv and vLLM need different releases of mcp",
         ) from error

@@ -205,7 +205,8 @@ def _import_package() -> Any:
         import verifiers.v1  # noqa: PLC0415 - an optional dependency of this adapter
     except ImportError as error:
         raise MissingExtraError(
-            f"environment.adapter: verifiers needs the package verifiers: {first_line(error)}",
+            "environment.adapter is verifiers, but the package verifiers cannot be imported: "
+            f"{first_line(error)}",
             fix="run pip install 'verifiers>=0.4,<0.5'",
         ) from error
     return verifiers.v1

@@ -152,8 +152,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return int(self.micro_rows * width)
 
     def _pass_limit(self, batch_size: int | None, width: int) -> int | None:
-        """The maximum number of tokens of one pass without a gradient, for ``batch_size`` rows of
-        the length ``width``. None means no limit.
+        """Return the maximum number of tokens in one forward pass that needs no gradient. The
+        caller asks for at most ``batch_size`` rows of the length ``width`` per pass. None means no
+        limit.
         """
         if batch_size is None:
             return None
