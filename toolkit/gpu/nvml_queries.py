@@ -27,7 +27,7 @@ _SLOWDOWN = 1
 
 def first_supported(nvml: Any, *queries: Callable[[], Any]) -> Any:
     """Return the result of the first of ``queries`` that the driver supports. The newest query
-    comes first, because older drivers do not support it.
+    comes first. A driver that is too old for it gets the next query.
     """
     for query in queries[:-1]:
         try:

@@ -84,10 +84,10 @@ def _saved_bytes_per_token(block: Block, spec: ModelSpec, work: Workload, step: 
 
 
 def _makes_cast_copies(work: Workload, step: StepPlan) -> bool:
-    """Whether the adapted modules run PEFT's own forward pass, which makes one more copy of each
-    input: PEFT casts the input to float32, and autocast casts it back. This is the case if the
-    adapter has dropout. Without dropout policy/lora_layer.py replaces the forward pass and makes no
-    copy.
+    """Whether the adapted modules make one more copy of each input. PEFT's own forward pass makes
+    this copy if the run computes in 16 bits and the weights are not quantized: PEFT casts the input
+    to float32, and autocast casts it back. If the adapter has no dropout, policy/lora_layer.py
+    replaces PEFT's forward pass and makes no copy.
     """
     return step.compute_bytes < MASTER_BYTES and bool(work.has_dropout) and not step.is_quantized
 

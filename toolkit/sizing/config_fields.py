@@ -40,8 +40,8 @@ class Fields:
     def integer(
         self, *keys: str, default: object = _MISSING, low: int = 1, high: int = MAX_DIMENSION
     ) -> int:
-        """The value of the first key in ``keys`` that has a value. It must be an int within [low,
-        high]. Raises InputError.
+        """The value of the first key in ``keys`` that has a value. Raises InputError if this
+        value is not an int within [low, high], or if there is neither a value nor a ``default``.
         """
         for key in keys:
             value = self.values.get(key)

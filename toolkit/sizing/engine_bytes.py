@@ -1,5 +1,6 @@
-"""Compute the memory of the engine without its KV cache. It is the sum of these terms: the weights,
-LoRA buffers, the activations of vLLM's profiling run, the sampler, CUDA graphs, and the runtime.
+"""Compute the memory of the engine without its KV cache. This memory has the following terms: the
+weights, LoRA buffers, the activations of vLLM's profiling run, the sampler, CUDA graphs, and the
+runtime.
 
 Written for vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``). The engine may use
 at most gpu_memory_utilization x total memory. vLLM subtracts the terms from this limit, and gives

@@ -279,7 +279,7 @@ class SizingResult:
     def apply(self, config: RunConfig) -> RunConfig:
         """Return ``config`` with every "auto" replaced. Raises ConfigError if the run does not fit.
 
-        Without a GPU, gpu_memory_utilization stays "auto", because it is not used there.
+        Without a GPU, gpu_memory_utilization stays "auto", because it has no effect.
         """
         if not self.feasible:
             raise self.infeasible_error()

@@ -226,8 +226,8 @@ def devices_to_check(snapshot: NodeSnapshot, context: CheckContext) -> tuple[Gpu
     Usually these are the devices that CUDA sees. But if neither CUDA_VISIBLE_DEVICES nor
     --gpu-index selects cards, and no card has MIG slices, the result is every card of the node.
     This includes cards that no longer respond. CUDA skips a card that does not respond and
-    renumbers the other cards. If the result had only the cards that CUDA sees, no check would
-    report the lost card, and the job would get another card than expected.
+    renumbers the other cards, so the job would get another card than expected. The result
+    includes the lost card, so that a check can report it.
     """
     is_selected = (
         context.gpu_index is not None or devices.CUDA_VISIBLE_DEVICES in snapshot.environment

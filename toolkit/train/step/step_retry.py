@@ -214,7 +214,7 @@ def skip_step(trainer: TrainerSeam, model: PreTrainedModel) -> None:
     """Skip a step whose loss or gradient is not finite. The weights do not change.
 
     Raises:
-        ConfigError: this was the last of ``max_bad_steps`` such steps in a row. The rollouts have
+        ConfigError: ``max_bad_steps`` such steps have followed each other. The rollouts have
             been saved.
     """
     trainer.bad_steps += 1
