@@ -42,16 +42,14 @@ def format_calibration(calibration: Calibration) -> str:
     """Return the output for people: the table of memory terms, and whether the peaks are within the
     predicted bound.
     """
-    rows = [_row(row) for row in calibration.rows]
+    rows, bound = [_row(row) for row in calibration.rows], format_bytes(calibration.bound)
     lines = [format_table(["term", "predicted", "measured", "off"], rows, right=(1, 2, 3))]
     if not calibration.has_measurements:
         lines.append("not measured: the run was not on a GPU")
     elif calibration.is_above_bound:
-        lines.append(f"a peak is above the predicted bound of {format_bytes(calibration.bound)}")
+        lines.append(f"a measured peak is above the predicted bound of {bound}")
     else:
-        lines.append(
-            f"all peaks are within the predicted bound of {format_bytes(calibration.bound)}"
-        )
+        lines.append(f"all measured peaks are within the predicted bound of {bound}")
     return "\n".join(lines)
 
 

@@ -64,13 +64,13 @@ class BatchPart:
         second = BatchPart(self.prompts, [row + middle], self.n - middle)
         return BatchPart(self.prompts, [row], middle), second
 
-    def split_to(self, max_completions: int | None) -> list[BatchPart]:
+    def split_into_parts(self, max_completions: int | None) -> list[BatchPart]:
         """Return this part split into parts of at most ``max_completions`` completions, in order.
         If ``max_completions`` is None, this part is not split.
         """
         if max_completions is None or self.size <= max(max_completions, 1):
             return [self]
-        return [part for half in self.halves() for part in half.split_to(max_completions)]
+        return [part for half in self.halves() for part in half.split_into_parts(max_completions)]
 
 
 def generate_in_parts(
@@ -91,7 +91,7 @@ def generate_in_parts(
     failed. An out-of-memory error is raised only for a part with a single completion. Other errors
     are always raised.
     """
-    pending, rollouts = batch.split_to(max_completions), []
+    pending, rollouts = batch.split_into_parts(max_completions), []
     while pending:
         part = pending.pop(0)
         try:
@@ -115,7 +115,7 @@ def generate_in_parts(
         pending = [
             smaller
             for unfinished in (part, *pending)
-            for smaller in unfinished.split_to(max_completions)
+            for smaller in unfinished.split_into_parts(max_completions)
         ]
     return _concatenate(rollouts), max_completions
 

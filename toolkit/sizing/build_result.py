@@ -202,8 +202,11 @@ def _weight_format(candidate: Candidate) -> str:
 
 def _copies_note(candidate: Candidate, fit: Fit) -> str | None:
     """Return a note that says why the engine makes 16-bit copies of only some of the 4-bit weights,
-    or of none. Return None if it copies all of them, or if model.dequantized_rollouts is not
-    "auto".
+    or of none.
+
+    Return None if the engine copies all of them, if model.dequantized_rollouts is not "auto", or if
+    there is enough memory for all copies. In the last case, the run does not fit at the
+    gpu_memory_utilization of the run file, and this is reported elsewhere.
     """
     copies, needed = candidate.plan.copies_bytes, all_copies_bytes(candidate.spec, candidate.plan)
     chosen_here = (

@@ -43,9 +43,10 @@ FREE_SHARE = 0.9
 class Options:
     """The options of a run that are not in its run file.
 
-    Text is printed to ``out``. ``evaluate`` says whether the run evaluates. If it is None, the run
-    file decides (``rollout.evaluate.should_evaluate``). ``check_rules`` checks the run file for
-    this machine.
+    ``out`` is the stream to which the run prints its text. ``evaluate`` says whether the run
+    evaluates. If it is None, the run file decides (``rollout.evaluate.should_evaluate``).
+    ``check_rules`` is a function that checks the run file for this machine. If it is None, the run
+    file is not checked.
     """
 
     out: TextIO = field(default_factory=lambda: sys.stdout)

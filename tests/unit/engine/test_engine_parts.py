@@ -33,7 +33,7 @@ def whole_batch(prompts: int, n: int) -> BatchPart:
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 90))
 def test_split_parts_have_every_completion_once_and_at_most_the_limit(prompts, n, most) -> None:
-    parts = whole_batch(prompts, n).split_to(most)
+    parts = whole_batch(prompts, n).split_into_parts(most)
     assert all(part.size <= most for part in parts)
     assert [row for part in parts for row in rows_of(part)] == list(range(prompts * n))
 

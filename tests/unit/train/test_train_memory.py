@@ -48,7 +48,7 @@ class Card:
     def peak_reserved(self) -> int:
         return self.reserved
 
-    def asleep(self) -> int:
+    def asleep_bytes(self) -> int:
         return self.sleeping
 
     def elsewhere(self) -> int:

@@ -37,9 +37,11 @@ RESTART_ADVICE = "then start the same command again: it resumes from the last ch
 
 
 def explain_error(problem: BaseException, what: str, advice: str = "") -> ToolkitError | None:
-    """Return ``problem`` as an error with the exit code and the remedy of its symptom; None if no
-    symptom matches. ``advice`` is advice that is appended to the remedy, such as "then start the
-    same command again".
+    """Return an error that explains ``problem``, with the exit code and the remedy of its symptom.
+    Return None if no symptom matches.
+
+    The message begins with ``what``, which says what failed. ``advice`` is added to the remedy, for
+    example "then start the same command again".
     """
     for error in exception_chain(problem):
         for symptom in find_symptoms(f"{type(error).__name__}: {error}"):

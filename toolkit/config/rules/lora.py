@@ -85,8 +85,8 @@ def init_is_known(run: Run) -> Iterator[RuleViolation]:
     """init_lora_weights is a value that PEFT accepts.
 
     The values are true (the adapter matrix B starts at 0), false (B starts at random values), and
-    the names of methods. The method pissa_niter_N has a number of iterations N of at most 999. The
-    names are read from the installed PEFT.
+    the names of methods, which are read from the installed PEFT. In the name pissa_niter_N, N is
+    the number of iterations (at most 999).
     """
     value = run.value(_INIT)
     if isinstance(value, bool):

@@ -127,7 +127,7 @@ def sequence_level_losses(run: Run) -> Iterator[RuleViolation]:
     if run.value(_LEVEL) == "sequence" and loss in _TOKEN_SUM_LOSSES:
         yield RuleViolation(
             _LEVEL,
-            f"if the level is sequence, loss_type {loss} weights each sequence by its length",
+            f"with the value sequence, loss_type {loss} weights each sequence by its length",
             notes=(run.describe("grpo.loss_type"),),
             fixes=(run.set_fix("grpo.loss_type", "grpo"), run.set_fix(_LEVEL, "token")),
             related=("grpo.loss_type",),

@@ -28,8 +28,8 @@ WHERE = "model.tensor_parallel_size"
 
 
 class LayerSplits(Protocol):
-    """The interface of an object that returns this process's part of each layer. This process's
-    engine has the same parts.
+    """The interface of an object that knows this process's part of each layer. The trainer uses the
+    same parts as the engine of this process.
     """
 
     def layer_split(self, name: str, out_features: int) -> WeightSplit:

@@ -198,8 +198,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def save_last_snapshot(self) -> None:
-        """Save a checkpoint of the state before the interrupted step. Only for runs with one
-        process.
+        """Save a checkpoint of the state before the interrupted step. Call this method only in a
+        run with one process.
         """
         if self.run_dir_watch is not None and not self.run_dir_watch.is_unchanged():
             self.is_run_dir_lost = True

@@ -45,7 +45,7 @@ class Statistics(Protocol):
     def peak_reserved(self) -> int:
         """The peak of the bytes that torch's allocator had reserved (tensors and free blocks)."""
 
-    def asleep(self) -> int:
+    def asleep_bytes(self) -> int:
         """The bytes that are currently unmapped (KV sleep), but that torch counts as allocated."""
 
     def elsewhere(self) -> int:
@@ -63,12 +63,12 @@ class Statistics(Protocol):
 class CudaStatistics:
     """The memory use of the current CUDA device, in bytes.
 
-    The engine provides the function ``asleep``, because only the engine knows how many bytes are
-    unmapped (KV sleep).
+    The engine provides the function ``asleep_bytes``, because only the engine knows how many bytes
+    are unmapped (KV sleep).
     """
 
-    def __init__(self, asleep: Callable[[], int]) -> None:
-        self.asleep = asleep
+    def __init__(self, asleep_bytes: Callable[[], int]) -> None:
+        self.asleep_bytes = asleep_bytes
 
     def allocated(self) -> int:
         return int(torch.cuda.memory_allocated())
@@ -81,7 +81,7 @@ class CudaStatistics:
 
     def elsewhere(self) -> int:
         free, total = torch.cuda.mem_get_info()
-        return int(total - free - (torch.cuda.memory_reserved() - self.asleep()))
+        return int(total - free - (torch.cuda.memory_reserved() - self.asleep_bytes()))
 
     def card(self) -> int:
         return int(torch.cuda.mem_get_info()[1])
@@ -136,7 +136,7 @@ class PhasePeaks:
         if not self._in_training:
             return
         now, self._in_training = self.statistics, False
-        asleep, peak = now.asleep(), now.peak_allocated()
+        asleep, peak = now.asleep_bytes(), now.peak_allocated()
         self.training = max(self.training, peak - asleep)
         self.step = max(self.step, peak - now.allocated())
         self.on_card = max(self.on_card, now.elsewhere() + now.peak_reserved() - asleep)
@@ -145,7 +145,7 @@ class PhasePeaks:
         """The peak of torch's allocator since ``begin``, including the current training phase."""
         now = 0
         if self._in_training:
-            now = self.statistics.peak_allocated() - self.statistics.asleep()
+            now = self.statistics.peak_allocated() - self.statistics.asleep_bytes()
         return max(self.rollout, self.training, now)
 
     def terms(self) -> dict[str, int]:

@@ -96,7 +96,7 @@ class PromptChoice:
 
         ``inputs`` are the rows that TRL's sampler chose for this rank.
         """
-        order = self._order(self.trainer.completion_index.generation)
+        order = self._row_order(self.trainer.completion_index.generation)
         if self.difficulty is None:
             return Generation(self.trainer, inputs, order, self.max_rounds, [])
         accelerator, group_size = self.trainer.accelerator, self.trainer.num_generations
@@ -141,7 +141,7 @@ class PromptChoice:
         if self.difficulty is not None and state is not None:
             self.difficulty.load(state["spread"].cpu())
 
-    def _order(self, generation: int) -> Iterator[int]:
+    def _row_order(self, generation: int) -> Iterator[int]:
         """Return an iterator over all rows of the dataset, in the order in which this generation
         draws them. Each row occurs once.
         """
