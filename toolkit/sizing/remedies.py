@@ -155,8 +155,8 @@ def _combine_changes(config: RunConfig, attempt: Attempt) -> _Change | None:
 
 def _undo_groups(settings: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return groups of keys, in the order in which ``_combine_changes`` tries to undo their
-    changes. The first groups have one key each, beginning with the last change. The groups after
-    them have keys that must be changed together, such as the micro-batch and the accumulation.
+    changes. The first groups have one key each, beginning with the last change. The later groups
+    have keys that must be changed together, such as the micro-batch and the accumulation.
     """
     batch = (f"grpo.{MICRO_BATCH}", f"grpo.{ACCUMULATION}")
     rank = ("lora.r", "model.max_lora_rank")

@@ -56,9 +56,8 @@ def _checkpointing(value: object) -> bool:
 
 
 def _model(prefix: str) -> Iterator[Row]:
-    """Yield the rows for the keys of a [model] table. ``prefix`` is put before each key. It is
-    empty for a table at the top level. For a table in a part such as the trainer, it is the name of
-    the part and a dot.
+    """Yield the rows for the keys of a [model] table. ``prefix`` is put before each key. It
+    is empty for the table [model], and for example ``trainer.`` for the table [trainer.model].
     """
     yield Row(f"{prefix}model.name", "model.model_name")
     yield Row(f"{prefix}model.trust_remote_code", "model.trust_remote_code")

@@ -3,9 +3,9 @@ temperature, min-p, top-k and top-p.
 
 Truncation (min-p, top-k, top-p) is part of the policy. The sampler draws from the softmax over the
 set of kept tokens. A trainer that uses the softmax over the whole vocabulary trains another policy.
-Then the importance weight of a sequence contains the probability mass of each kept set as a factor.
-Therefore the trainer applies the sampler's steps to its own logits ("keep sampling mask" in the
-DeepSeek-V3.2 report, arXiv 2512.02556).
+With such a trainer, the importance weight of a sequence has an extra factor for each token: the
+probability mass of the token's kept set. Therefore the toolkit applies the sampler's steps to the
+trainer's logits ("keep sampling mask" in the DeepSeek-V3.2 report, arXiv 2512.02556).
 
 Every function treats tokens independently, so a caller may split N tokens into chunks in any way.
 The choice of the kept set has no gradient, but the log-probabilities within the set have one. A
