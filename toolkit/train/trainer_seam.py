@@ -91,7 +91,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
     @property
     def metric_values(self) -> dict[str, list[float]]:
         """Maps the name of a metric to its values since the last log row. During an evaluation,
-        only metrics of the evaluation are included. Otherwise, only metrics of training are.
+        only metrics of the evaluation are included; during training, only metrics of training.
         """
         values: dict[str, list[float]] = self._metrics["train" if self.model.training else "eval"]
         return values

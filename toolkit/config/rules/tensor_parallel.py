@@ -44,10 +44,10 @@ def size_divides_heads_and_world(run: Run) -> Iterator[RuleViolation]:
     """tensor_parallel_size divides the model's heads, its intermediate size and the world size.
 
     A group of tensor_parallel_size processes shares one model. Each process has one card, and an
-    attention head is never split between two cards. A model may have fewer KV heads than the group
-    has cards if tensor_parallel_size is a multiple of the number of KV heads. Several cards then
-    have a copy of the same KV head. The model is checked if it is on this machine. --world-size
-    sets the number of processes for the check.
+    attention head is never split between two cards. If tensor_parallel_size is a multiple of
+    the number of KV heads, the group may have more cards than the model has KV heads. Then several
+    cards have a copy of the same KV head. The model is checked if it is on this machine.
+    --world-size sets the number of processes for the check.
     """
     size = run.value(_KEY)
     if size in (1, "auto"):
