@@ -67,7 +67,7 @@ def size_divides_heads_and_world(run: Run) -> Iterator[RuleViolation]:
     elif run.world_size % size:
         yield RuleViolation(
             _KEY,
-            f"{size} cards per model do not divide the world size {run.world_size}",
+            f"the world size {run.world_size} is not a multiple of tensor_parallel_size {size}",
             notes=("the world size is torchrun's number of processes; --world-size sets it here",),
             fixes=fixes,
         )

@@ -72,7 +72,7 @@ def config_to_record(config: RunConfig, resolved: RunConfig) -> RunConfig:
     return _replace_micro_batch(config, resolved.grpo, resolved.runtime.pack_tokens)
 
 
-def check_prompt_count(config: RunConfig, prompts: int, processes: int) -> None:
+def check_prompt_count(config: RunConfig, prompts: int, replicas: int) -> None:
     """Check that there are enough prompts for one generation. At the end of an epoch, TRL drops the
     last prompts if they do not fill a generation. With too few prompts, TRL would drop all of them,
     and no step would run.
@@ -80,19 +80,21 @@ def check_prompt_count(config: RunConfig, prompts: int, processes: int) -> None:
     Raises:
         ConfigError: there are too few prompts. The message has their number and the number needed.
     """
-    _, _, per_process = read_batch(config.grpo, 1, on_cpu=False, world_size=processes)
+    _, _, per_replica = read_batch(config.grpo, 1, on_cpu=False, world_size=replicas)
     group_size = read_count(config.grpo, "num_generations")
-    needed = max(1, per_process * processes // group_size)
+    completions = per_replica * replicas
+    needed = max(1, completions // group_size)
     if prompts >= needed:
         return
+    by_replica = f" ({per_replica} for each of {replicas} replicas)" if replicas > 1 else ""
     raise ConfigError(
         f"the number of prompts is {prompts}, but one generation needs {needed} prompts, so no "
-        f"step would run. A generation has {per_process * processes} completions: {per_process} in "
-        f"each of {processes} processes, and {group_size} for each prompt",
+        f"step would run. A generation has {completions} completions{by_replica}, and each prompt "
+        f"gets {group_size} of them",
         where=config.dataset.path,
         fix=f"use at least {needed} prompts, or a generation batch of at most "
         f"{prompts * group_size} completions (grpo.per_device_train_batch_size x "
-        "grpo.gradient_accumulation_steps x processes)",
+        "grpo.gradient_accumulation_steps x number of replicas)",
     )
 
 
