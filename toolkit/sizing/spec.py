@@ -67,7 +67,7 @@ def spec_from_values(
     margin = 0.0
     if isinstance(quantization, str):
         notes.append(
-            f"unknown weight format {quantization!r}: sizes are those in the safetensors headers"
+            f"unknown weight format {quantization!r}: sizes come from the safetensors headers"
         )
         margin = UNKNOWN_MARGIN
         if stored is None:
@@ -91,7 +91,7 @@ def spec_from_values(
     if family is None:
         shape = _unknown_shape(fields, stored, model_type, architectures)
         notes.append(
-            f"unknown architecture {model_type!r}: sizes are those in the safetensors headers"
+            f"unknown architecture {model_type!r}: sizes come from the safetensors headers"
         )
         margin = UNKNOWN_MARGIN
     else:

@@ -55,7 +55,9 @@ def fit_config_to_model(model: PreTrainedModel, engine: Any, config: Any, peft_c
 
 
 def _refuse_other_engines(config: Any) -> None:
-    """Raise ConfigValueError if ``config`` requests generation without the model's engine."""
+    """Raise ConfigValueError if ``config`` requests that a vLLM server or transformers generates the
+    completions. The engine of the model generates them.
+    """
     conflicts = {
         "vllm_mode": ("server", "no vLLM server is used"),
         "use_transformers_continuous_batching": (True, "Hugging Face generation is not used"),

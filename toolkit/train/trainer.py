@@ -158,7 +158,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def completion_index(self) -> CompletionIndex:
-        """The object that numbers this rank's completions by their position in the whole batch."""
+        """Gives each completion of this rank its index in the batch of all ranks."""
         index: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
         return index
 

@@ -103,8 +103,8 @@ def group_size_divides_batch(run: Run) -> Iterator[RuleViolation]:
 
 
 def generation_batch(run: Run) -> tuple[int, str, str]:
-    """Return three values: the number of completions in one generation batch, a text with the
-    formula of this number, and the key of the run file with which a fix changes this number.
+    """Return three values: the number of completions in one generation batch, the formula of this
+    number as text, and the key of the run file that a fix of this number changes.
     """
     size = run.value(GENERATION_BATCH_SIZE)
     if size is not None:

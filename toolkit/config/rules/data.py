@@ -355,7 +355,7 @@ def model_exists(run: Run) -> Iterator[RuleViolation]:
         problem = f"{path} does not exist" if is_path else f"{name_or_path} is not on this machine"
         yield RuleViolation(
             "model.model_name",
-            f"{problem}. Without the model, lengths, attention heads and target modules are "
-            "not checked",
+            f"{problem}. Lengths, attention heads and target modules are not checked, because the "
+            "model is not available",
             unknown=not is_path,
         )

@@ -129,7 +129,7 @@ def cast_head_without_adapter(run: Run) -> Iterator[RuleViolation]:
     if run.model is not None and run.model.has_tied_head and not run.get("model.full_finetuning"):
         yield RuleViolation(
             "grpo.cast_lm_head_to_fp32",
-            "with an adapter, TRL cannot cast an lm_head that is tied to the embedding",
+            "with an adapter, TRL cannot cast an lm_head to float32 if it is tied to the embedding",
             notes=(f"tie_word_embeddings in {run.model.source}",),
             fixes=(run.set_fix("grpo.cast_lm_head_to_fp32", False),),
         )

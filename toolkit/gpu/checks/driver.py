@@ -194,7 +194,7 @@ def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
             f"{first['path']} needs forward compatibility, but {consumer[0].label} "
             f"({consumer[0].name.value}) does not support it. CUDA fails with error 804",
         )
-    return ok(f"forward compatibility {version} works on these data-centre cards")
+    return ok(f"forward compatibility {version} works on these cards")
 
 
 def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:

@@ -115,7 +115,8 @@ def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return ok(f"{size}, shared with the CPU")
         if gpu.memory.value and gpu.memory.value["version"] == 1:
             return ok(
-                f"{size} (this older driver counts the memory that it reserves as used memory)"
+                f"{size} (on this older driver, used memory includes the memory that the driver "
+                "reserves)"
             )
         return ok(size)
 

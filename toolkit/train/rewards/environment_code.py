@@ -83,5 +83,6 @@ def check_package_allowed(adapter: str, allow_code: Sequence[str]) -> None:
         raise ConfigError(
             f"the environment {adapter} runs code of the module {module}, which runtime.allow_code "
             "does not list",
-            fix=f"if you trust the module, add it to the list `runtime.allow_code: [{module}]`",
+            fix="if you trust the module, add it to runtime.allow_code, for example "
+            f"`runtime.allow_code: [{module}]`",
         )
