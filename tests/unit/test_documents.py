@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import click
 import pytest
+
+from toolkit.cli.envcheck import cli as envcheck
+from toolkit.cli.train import cli as toolkit
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = "base|cli|config|engine|gpu|policy|sizing|train"
@@ -61,3 +65,42 @@ def test_a_docstring_or_comment_names_what_exists(package: str) -> None:
 def test_the_check_finds_a_missing_file_and_a_missing_name() -> None:
     text = "see engine/no_such_file.py, config/resolved.no_such_name and train/step/packing"
     assert missing_paths(text) == ["engine/no_such_file.py", "config/resolved.no_such_name"]
+
+
+def unknown_options(text: str) -> list[str]:
+    """The options in the ``envcheck`` and ``toolkit`` commands of ``text`` that do not exist."""
+    unknown = []
+    for program, name, arguments in re.findall(
+        r"\b(envcheck|toolkit) ([a-z]+)((?: [^`\n\"|;&]*)?)[`\n\"]", text
+    ):
+        group = {"envcheck": envcheck, "toolkit": toolkit}[program]
+        command = group.get_command(click.Context(group), name)
+        if command is None:
+            continue  # prose, for example "toolkit and"
+        known = {"--help", "--debug"}
+        for parameter in command.params:
+            known |= {*parameter.opts, *parameter.secondary_opts}
+        options = re.findall(r"(?<!\S)--[a-z][a-z-]+", arguments)
+        unknown += [f"{program} {name} {option}" for option in options if option not in known]
+    return unknown
+
+
+def test_every_option_that_a_text_advises_exists() -> None:
+    files = [
+        *(ROOT / "toolkit").rglob("*.py"),
+        *(ROOT / "schemas").glob("*.json"),
+        *(ROOT / name for name in DOCUMENTS),
+    ]
+    unknown = {}
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        # A message may be written as several strings, one per line.
+        text = re.sub(r'"\s*\n\s*f?"', "", text)
+        if options := unknown_options(text):
+            unknown[str(file.relative_to(ROOT))] = options
+    assert unknown == {}
+
+
+def test_an_option_that_does_not_exist_is_found() -> None:
+    text = "run `envcheck check --deep` or `envcheck size --write`"
+    assert unknown_options(text) == ["envcheck check --deep"]

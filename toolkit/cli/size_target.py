@@ -77,7 +77,7 @@ def _default_run(model: str, overrides: Sequence[str], situation: Situation) -> 
     """Return a run of ``model`` with ``overrides``, and default values for all other keys.
 
     Raises ConfigError for an invalid override, and for a default value that the card does not
-    support (found by the rules in OF_THE_CARD). All other findings are ignored.
+    support (found by the rules in ``CARD_RULES``). All other findings are ignored.
     """
     if not overrides and situation.device is None:
         return RunConfig(model=ModelSection(model_name=model))

@@ -107,11 +107,11 @@ def request_seed(seed: int, row: int) -> int:
     return int.from_bytes(digest, "little") % SEED_LIMIT + row
 
 
-def derive_seed(run_seed: int, step: int, call: int = 0) -> int:
-    """Return the seed of one call of ``generate``. It is computed from the run's seed, the
-    optimizer step, and the number of the call in that step.
+def derive_seed(run_seed: int, generation: int, turn: int = 0) -> int:
+    """Return the seed of one call of ``generate``. It is computed from the run's seed, the number
+    of the generation batch, and the turn (the number of the call in this generation batch).
     """
-    digest = hashlib.blake2b(f"{run_seed}|{step}|{call}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{run_seed}|{generation}|{turn}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % SEED_LIMIT
 
 

@@ -54,15 +54,15 @@ def build_result(
     ``longest_sequence.longest_fitting_sequence``.
     """
     interval, utilization = _interval(candidate, fit)
-    kv_bytes = _kv_bytes(candidate, fit, utilization)
+    cache_bytes = _cache_bytes(candidate, fit, utilization)
     terms = list(fit.terms)
     if candidate.work.uses_engine:
-        sequences = kv_bytes // fit.kv_sequence_bytes if fit.kv_sequence_bytes else 0
+        sequences = cache_bytes // fit.kv_sequence_bytes if fit.kv_sequence_bytes else 0
         source = f"{sequences:,} sequences of {candidate.plan.max_model_len} tokens"
         first_other = next(
             index for index, term in enumerate(terms) if not term.name.startswith("engine.")
         )
-        terms.insert(first_other, Term("engine.kv", kv_bytes, source))
+        terms.insert(first_other, Term("engine.kv", cache_bytes, source))
     if candidate.device is not None:
         terms.insert(
             0, Term("context", candidate.device.context_bytes, "CUDA context of the process")
@@ -70,9 +70,9 @@ def build_result(
     return SizingResult(
         device=_device_json(candidate.device),
         model=_model(candidate, fit),
-        engine=_engine(candidate, fit, kv_bytes),
+        engine=_engine(candidate, fit, cache_bytes),
         trainer=_trainer(candidate, fit),
-        peaks=_peaks(candidate, fit, kv_bytes),
+        peaks=_peaks(candidate, fit, cache_bytes),
         interval=interval,
         choice=_choice(candidate, fit, utilization, largest_micro_batch),
         terms=tuple(terms),
@@ -124,7 +124,7 @@ def _rounded_down(used: int, total: int, steps: int) -> float:
     return math.floor(max(used, 0) * steps / total) / steps
 
 
-def _kv_bytes(candidate: Candidate, fit: Fit, utilization: float | None) -> int:
+def _cache_bytes(candidate: Candidate, fit: Fit, utilization: float | None) -> int:
     if fit.kv_bytes is not None:
         return fit.kv_bytes
     if candidate.device is None or utilization is None:
@@ -147,7 +147,7 @@ def _device_json(device: Device | None) -> dict[str, object] | None:
     }
 
 
-def _peaks(candidate: Candidate, fit: Fit, kv_bytes: int) -> Peaks:
+def _peaks(candidate: Candidate, fit: Fit, cache_bytes: int) -> Peaks:
     """The predicted peak of torch's allocator in each phase, without margins. The CUDA context and
     the engine's runtime are not included.
     """
@@ -157,9 +157,9 @@ def _peaks(candidate: Candidate, fit: Fit, kv_bytes: int) -> Peaks:
         if not term.name.startswith("margin.") and term.name != "engine.runtime"
     ]
     always = total_bytes(allocator_terms, "always")
-    asleep = kv_bytes if candidate.plan.sleep else 0
-    rollout = always + kv_bytes + total_bytes(allocator_terms, "rollout")
-    training = always + kv_bytes - asleep + total_bytes(allocator_terms, "training")
+    asleep = cache_bytes if candidate.plan.sleep else 0
+    rollout = always + cache_bytes + total_bytes(allocator_terms, "rollout")
+    training = always + cache_bytes - asleep + total_bytes(allocator_terms, "training")
     margin = sum(term.nbytes for term in fit.terms if term.name.startswith("margin."))
     activations = total_bytes(allocator_terms, "rollout") - candidate.plan.copies_bytes
     margin += int(activations * (1 - REUSABLE_SHARE))
@@ -244,7 +244,7 @@ def _notes(candidate: Candidate, fit: Fit) -> list[str]:
     return notes
 
 
-def _engine(candidate: Candidate, fit: Fit, kv_bytes: int) -> EnginePart:
+def _engine(candidate: Candidate, fit: Fit, cache_bytes: int) -> EnginePart:
     sizes = {term.name: term.nbytes for term in fit.terms}
     plan = candidate.plan
     default_elements = lora_bytes.engine_lora_elements(
@@ -260,7 +260,7 @@ def _engine(candidate: Candidate, fit: Fit, kv_bytes: int) -> EnginePart:
         fixed_bytes=sum(term.nbytes for term in fit.terms if term.name.startswith("engine.")),
         kv_sequence_bytes=fit.kv_sequence_bytes,
         kv_wanted_bytes=fit.kv_wanted_bytes,
-        kv_bytes=kv_bytes,
+        kv_bytes=cache_bytes,
         copies_bytes=plan.copies_bytes,
         copies_note=_copies_note(candidate, fit),
         ranks=tuple((rank, engines.slot_bytes(candidate.spec, plan, rank)) for rank in ranks),

@@ -55,8 +55,8 @@ def fit_config_to_model(model: PreTrainedModel, engine: Any, config: Any, peft_c
 
 
 def _refuse_other_engines(config: Any) -> None:
-    """Raise ConfigValueError if ``config`` requests that a vLLM server or transformers generates the
-    completions. The engine of the model generates them.
+    """Raise ConfigValueError if ``config`` requests that a vLLM server or transformers generates
+    the completions, because the engine of the model generates them.
     """
     conflicts = {
         "vllm_mode": ("server", "no vLLM server is used"),

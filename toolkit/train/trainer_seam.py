@@ -1,5 +1,5 @@
-"""The interface of the trainer for other modules of ``train``. Only this module uses TRL's private
-names.
+"""The interface of the trainer for other modules of ``train``. Apart from the trainer's own
+classes, only this module uses TRL's private names.
 
 ``TrainerSeam`` is a protocol class with all attributes of this interface. ``TrlState`` has public
 properties for the private attributes of TRL 1.16 and transformers 5.17 that a run needs.

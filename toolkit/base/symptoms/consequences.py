@@ -15,7 +15,7 @@ ENTRIES = (
         "speed.group_link, speed.p2p",
         "search the logs of all ranks for the first error and paste it. If there is none, a rank "
         "was busy for longer than the limit (a slow reward, a download), or the link between the "
-        "ranks hangs: `envcheck check --deep` tests the link",
+        "ranks hangs. `envcheck check --only speed -v` shows how the cards are linked",
         5,
         "Watchdog caught collective operation timeout",
         "Some NCCL operations have failed or timed out",

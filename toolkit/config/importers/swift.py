@@ -152,7 +152,8 @@ _OWN_ROWS = (
     Row("dataset", "dataset.path", convert=_dataset_name),
     Row("val_dataset", "dataset.eval_path", convert=_dataset_name),
     Row("columns", "dataset.prompt", "this setting has the names of the prompt column and the "
-                                     "answer column, which become dataset.prompt and dataset.answer",
+                                     "answer column. They become dataset.prompt and "
+                                     "dataset.answer",
         convert=later),
     Row("system", "dataset.system"),
     Row("reward_funcs", "reward.functions", convert=later),

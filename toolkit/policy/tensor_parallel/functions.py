@@ -5,7 +5,7 @@ the group. A *part* is a tensor that each process computes for itself. Most func
 input unchanged in one direction (forward or backward), and sum over the group in the other
 direction.
 
-Each function allocates its memory before it calls ``together.check_peers``. So memory cannot
+Each function allocates its memory before it calls ``oom_agreement.check_peers``. So memory cannot
 run out between that call and the collective call of torch.distributed.
 """
 

@@ -152,7 +152,7 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
         accelerator.wait_for_everyone()
         folder = checkpoint.commit(partial, step) if is_first else None
     except Exception as error:
-        # Before ``disk.to_toolkit_error``, which reports the free space.
+        # Before ``disk_errors.to_toolkit_error``, which reports the free space.
         shutil.rmtree(partial, ignore_errors=True)
         user_error = disk_errors.to_toolkit_error(
             error, run_dir, needed=_estimate_bytes(trainer, snapshot)

@@ -21,7 +21,7 @@ _LOAD_REPLIES: tuple[tuple[str, str, type], ...] = (
 def is_valid(request: dict[str, Any], reply: dict[str, Any]) -> bool:
     """Whether ``reply`` is a well-formed reply to ``request``. A reply contains one of these: a
     result, a ToolkitError (``error``), an error in the user's code (``misbehaved``), or an invalid
-    tool call (``refused``). The scores of a reward are checked later, in ``remote``.
+    tool call (``refused``). The scores of a reward are checked later, in ``worker_rewards``.
     """
     if "error" in reply:
         return (
