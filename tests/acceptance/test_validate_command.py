@@ -23,8 +23,8 @@ def test_the_output_of_a_finding_is_as_documented(tmp_path: Path) -> None:
     result = envcheck("validate", "run.yaml", cwd=tmp_path)
     assert result.returncode == 1
     assert result.stdout == (
-        "run.yaml:5:20: error[GRPO001] grpo.num_generations: 8 completions per prompt do not "
-        "divide the generation batch of 4 completions\n"
+        "run.yaml:5:20: error[GRPO001] grpo.num_generations: the generation batch of 4 "
+        "completions is not a multiple of 8 completions per prompt\n"
         "    5 |   num_generations: 8\n"
         "  batch = per_device_train_batch_size 1 (line 6) x gradient_accumulation_steps 4 (line 7) "
         "x world size 1 (default)\n"
