@@ -53,10 +53,15 @@ def test_plain_vllm_serves_the_exported_adapter(tmp_path: Path, monkeypatch: Any
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    from toolkit.engine.start import free_previous_engine
+
     serve_arguments = served_arguments(line)
     lora = serve_arguments.lora_modules[0]
     assert (lora.name, lora.path) == ("sums", str(tmp_path / "sums"))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # An engine of an earlier test in this process would destroy vLLM's process groups when the
+    # garbage collector frees it.
+    free_previous_engine()
     llm = LLM(
         model=serve_arguments.model_tag,
         max_model_len=serve_arguments.max_model_len,
