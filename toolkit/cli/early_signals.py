@@ -40,7 +40,7 @@ def early_stop_signals() -> Iterator[None]:
     """Inside the block, a signal that stops a run raises StoppedError.
 
     If the process belongs to a run with several ranks, a signal ends it without a StoppedError,
-    because the launcher of the ranks reports the signal once.
+    because the launcher of the ranks reports the signal once for all ranks.
     """
     from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals  # noqa: PLC0415 - only for train
     from toolkit.train.launch import end_with_launcher, stopped_early_error  # noqa: PLC0415 - only for train

@@ -202,7 +202,7 @@ def _budget_table(result: SizingResult) -> str:
 def _bars(result: SizingResult) -> str:
     """Return a bar for each phase (rollouts, training), and a legend of the letters in the bars.
 
-    Each letter stands for the same number of bytes.
+    Each character of a bar stands for the same number of bytes.
     """
     if result.device is None:
         return ""

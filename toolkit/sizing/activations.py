@@ -167,11 +167,13 @@ def _saved_attention_bytes(block: Block, spec: ModelSpec, step: StepPlan, sequen
 
 def _saved_score_bytes(spec: ModelSpec, width: int, sequence: int) -> int:
     """The bytes per token of the score matrices that attention saves for the backward pass; 0 with
-    a fused kernel. ``width`` is the number of bytes of a value in the forward pass.
+    a fused kernel. ``width`` is the number of bytes of an element in the forward pass.
+
+    Attention saves these matrices:
 
     - the softmax in float32
-    - if ``width`` is below 4: the copy of the softmax in the dtype of the forward pass, which is
-      multiplied by the values
+    - if ``width`` is below 4: a copy of the softmax in the dtype of the forward pass (attention
+      multiplies this copy by V)
     - with soft-capping: the result of the tanh
     """
     if spec.scores == "fused":

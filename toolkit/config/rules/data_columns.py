@@ -78,7 +78,7 @@ def answers_are_present(run: Run) -> Iterator[RuleViolation]:
     "DATA022",
     "dataset.path dataset.eval_path dataset.prompt",
     example='dataset:\n  path: train.jsonl  # some prompts are \'[{"role": "user", ...}]\'',
-    fix="write either all prompts or none as a chat",
+    fix="write all prompts as chats, or all as plain text",
     severity=Severity.WARNING,
 )
 def chats_are_all_or_none(run: Run) -> Iterator[RuleViolation]:
@@ -97,5 +97,7 @@ def chats_are_all_or_none(run: Run) -> Iterator[RuleViolation]:
             "are chats written as JSON text, but the others are not, so all prompts are read as "
             "plain text",
             related=("dataset.prompt",),
-            fixes=(Fix("write either all prompts or none as a list of {role, content} messages"),),
+            fixes=(
+                Fix("write all prompts as lists of {role, content} messages, or all as plain text"),
+            ),
         )

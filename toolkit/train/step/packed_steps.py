@@ -197,8 +197,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
     def _padded_pass(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         """Compute the log-probabilities of the policy, the old policy or the reference with TRL's
-        padded pass. The log-probabilities are those of the distribution that the completions were
-        sampled from.
+        padded pass. The log-probabilities include the sampling settings (temperature, top-p, ...)
+        with which the completions were drawn.
         """
         with sampled_head_installed(self, model):
             return self._trl_pass(model, *args, **kwargs)
