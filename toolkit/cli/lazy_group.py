@@ -58,7 +58,7 @@ class LazyGroup(click.Group):
         if name in self.commands_at or name.startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
         program, commands = self.other_program
-        similar = [*similar_words(name, self.commands_at)]
+        similar = similar_words(name, self.commands_at)
         similar += [f"{program} {other}" for other in similar_words(name, _import_object(commands))]
         hint = f" Did you mean {' or '.join(f'`{one}`' for one in similar)}?" if similar else ""
         raise click.UsageError(f"No such command {name!r}.{hint}", ctx)

@@ -104,10 +104,10 @@ def _refuse_other_config(path: Path) -> None:
     if mode is None or stat.S_ISLNK(mode):
         return
     try:
-        sections = read_json_object(path).keys()
+        is_run_config = read_json_object(path).keys() >= {"model", "grpo"}
     except InputError:
-        sections = {}.keys()
-    if not sections >= {"model", "grpo"}:
+        is_run_config = False
+    if not is_run_config:
         raise ConfigError(
             "no run wrote this file, but the run would replace it",
             where=str(path),
