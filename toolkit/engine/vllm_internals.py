@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import SamplingParams
 from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
 from toolkit.base.errors import DefectError, UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
     from vllm import LLM
 
@@ -80,6 +84,24 @@ def open_internals(llm: LLM) -> EngineInternals:
 
 def _return_worker(worker: Any) -> Any:
     return worker
+
+
+@contextmanager
+def sampling_of_warm_up(sampling: SamplingParams) -> Iterator[None]:
+    """A context manager for the start of an engine. vLLM's warm-up on a GPU samples with
+    ``sampling``.
+
+    By default the warm-up uses every sampling option, and so compiles the kernels of all of them
+    (``SamplingParams.for_sampler_warmup``, 0.25.1 and 0.31.0). The kernel for top-k and top-p alone
+    takes 10 s (H200), and most runs do not use it. A run that uses more options than ``sampling``
+    compiles their kernels in its first rollout.
+    """
+    original = SamplingParams.__dict__["for_sampler_warmup"]
+    SamplingParams.for_sampler_warmup = staticmethod(sampling.clone)
+    try:
+        yield
+    finally:
+        SamplingParams.for_sampler_warmup = original
 
 
 def drop_requests(llm: LLM) -> None:
