@@ -122,7 +122,7 @@ def test_two_replicas_of_two_learn_like_one_process(tmp_path: Path) -> None:
     one, four = tmp_path / "one", tmp_path / "four"
     world.run_training(run_file, one, 1)
     output = world.run_training(run_file, four, 4, SPLIT, "grpo.per_device_train_batch_size=4")
-    assert "4 processes: 2 of 2 that share a model" in output
+    assert "4 processes: 2 groups of 2 that share a model" in output
     assert world.read_completions(one) == world.read_completions(four)
     assert world.largest_adapter_difference(one, four) < 1e-4
 

@@ -39,8 +39,8 @@ def tune(*, model: tuple[str, ...], ranks: tuple[int, ...], out: Path, limit_s: 
     from toolkit.engine.open_engine import prepare_environment  # noqa: PLC0415
 
     prepare_environment()
-    from toolkit.engine.lora_tables import write_table  # noqa: PLC0415
-    from toolkit.engine.lora_tune import LayerShape, tune_card  # noqa: PLC0415 - imports torch and vLLM
+    from toolkit.engine.lora_tables import LayerShape, write_table  # noqa: PLC0415
+    from toolkit.engine.lora_tune import tune_card  # noqa: PLC0415 - imports torch and vLLM
 
     shapes = [LayerShape(rows, wide, rank) for rows, wide in layer_shapes for rank in legal_ranks]
     table, before, after = tune_card(shapes, limit_s, lambda text: click.echo(text, err=True))

@@ -20,6 +20,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ FOLDER_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
 TABLE_VARIABLE = "TOOLKIT_LORA_TABLE"
 NO_TABLE = "off"
 SHIPPED_TABLES = Path(__file__).parent / "tuned"
+TUNED_BATCH_SIZES = (1, 8, 16, 32, 64, 128, 256, 512)
+"""The batch sizes (in tokens) whose configurations are measured."""
+PREFILL_BATCH_SIZES = (1024, 2048, 8192)
+"""Larger batch sizes of a table. They keep vLLM's own configuration. A batch of another size uses
+the configuration of the nearest size in the table.
+"""
 OPS = ("SHRINK", "EXPAND_TRUE", "EXPAND_FALSE")
 CARD_CLASSES = (
     (r"\bGH200\b|\bH200\b", ("h200", "h100")),
@@ -39,6 +46,31 @@ CARD_CLASSES = (
 """Pairs of a pattern for the device's name and the names of its tables, best first. H100 and H200
 can use each other's tables, because they have the same multiprocessors.
 """
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LayerShape:
+    """The shape of the LoRA matrices of one fused layer. The parts of the fused layer are called
+    slices. Each slice has its own matrix A (rank, ``in_features``) and its own matrix B (number of
+    rows, rank). ``rows`` has the number of rows of B for each slice.
+    """
+
+    rows: tuple[int, ...]
+    in_features: int
+    rank: int
+
+    @property
+    def slices(self) -> int:
+        """The number of parts of the fused layer."""
+        return len(self.rows)
+
+    @property
+    def out_features(self) -> int:
+        """The number of rows of the largest LoRA matrix B. When vLLM looks up the configuration of
+        an expand kernel, it uses this number as the hidden size.
+        """
+        return max(self.rows)
+
 
 _warned: set[str] = set()
 _created_folders: dict[str, str] = {}

@@ -26,15 +26,18 @@ from vllm.lora.ops.triton_ops import utils as upstream
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 
 from toolkit.base.errors import NodeError
-from toolkit.engine.lora_tables import FOLDER_VARIABLE
+from toolkit.engine.lora_tables import (
+    FOLDER_VARIABLE,
+    PREFILL_BATCH_SIZES,
+    TUNED_BATCH_SIZES,
+    LayerShape,
+)
 from toolkit.engine.vllm_internals import clear_pointer_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-TUNED_BATCH_SIZES = (1, 8, 16, 32, 64, 128, 256, 512)
 MAX_TUNED_TOKENS = TUNED_BATCH_SIZES[-1]
-PREFILL_BATCH_SIZES = (1024, 2048, 8192)
 MAX_LORAS = 1
 MAX_SLICES = 8
 """The largest number of fused slices in the table. The table has an entry for every number up to
@@ -62,30 +65,6 @@ MIN_WEIGHT_BYTES = 128 << 20
 """The minimum number of weight bytes that one measurement reads. It is larger than a GPU's cache,
 and the weights of several layers are used to reach it.
 """
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class LayerShape:
-    """The shape of the LoRA matrices of one fused layer. The parts of the fused layer are called
-    slices. Each slice has its own matrix A (rank, ``in_features``) and its own matrix B (number of
-    rows, rank). ``rows`` has the number of rows of B for each slice.
-    """
-
-    rows: tuple[int, ...]
-    in_features: int
-    rank: int
-
-    @property
-    def slices(self) -> int:
-        """The number of parts of the fused layer."""
-        return len(self.rows)
-
-    @property
-    def out_features(self) -> int:
-        """The number of rows of the largest LoRA matrix B. When vLLM looks up the configuration of
-        an expand kernel, it uses this number as the hidden size.
-        """
-        return max(self.rows)
 
 
 @dataclass(slots=True)

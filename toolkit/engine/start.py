@@ -169,8 +169,9 @@ def add_gpu_arguments(arguments: dict[str, Any], options: EngineOptions, config:
     if options.share_weights and has_experts(config.to_dict()):
         # Triton is the only backend that does not change the expert weights after loading.
         arguments.setdefault("moe_backend", "triton")
-    if options.dequantized_rollouts and has_4bit_weights(options, config):
+    if has_4bit_weights(options, config):
         weight_loader.register_dequantizing()
+    if options.dequantized_rollouts and has_4bit_weights(options, config):
         arguments["model_loader_extra_config"] = {
             weight_loader.COPIES_OPTION: options.dequantized_rollouts
         }

@@ -7,11 +7,13 @@ The loader reads checkpoints as vLLM's default loader does, and in addition:
   (``_cpu_skip_gemm_dispatch``, vLLM 0.31.0). On CUDA vLLM does not repack the weights.
 * It records the name of every tensor that it read. ``policy.shared_weights`` uses these names to
   reject a checkpoint with a tensor that belongs to no parameter of the model.
+* It compiles vLLM's LoRA kernels while it reads (``engine.lora_compile``).
 * It records a few loaded values of each parameter. They show which parameters vLLM later rewrites
   for a kernel (experts on a CPU). Rewritten parameters cannot be shared.
 
 For 4-bit models vLLM always chooses its own loader. ``register_dequantizing`` replaces that loader
-by a loader whose layers compute with 16-bit copies (``engine.dequantized``).
+by a loader that compiles the LoRA kernels too, and whose layers can compute with 16-bit copies
+(``engine.dequantized``).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from toolkit.engine.live_weights import (
     plain_parameters,
     sample_values,
 )
+from toolkit.engine.lora_compile import compiled_lora_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -50,12 +53,21 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
         super().__init__(load_config)
         self._read_names: set[str] = set()
 
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, *arguments: Any, **keywords: Any
+    ) -> nn.Module:
+        """Make the model and read the checkpoint."""
+        self._vllm_config = vllm_config
+        model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **keywords)
+        return model
+
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Read the checkpoint into ``model``."""
         for module in model.modules():
             if isinstance(module, LinearBase):
                 module._cpu_skip_gemm_dispatch = True
-        super().load_weights(model, model_config)
+        with compiled_lora_kernels(model, self._vllm_config):
+            super().load_weights(model, model_config)
         copy_mapped_weights(model)
         setattr(model, READ_NAMES_ATTRIBUTE, frozenset(self._read_names))
         samples = {name: sample_values(tensor) for name, tensor in plain_parameters(model).items()}
@@ -110,6 +122,11 @@ def make_dequantizing_loader(loader: type[Any], **options: Any) -> type[Any]:
     """
 
     class DequantizingLoader(loader):  # type: ignore[misc]  # known only at run time
+        def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+            """Read the checkpoint into ``model``."""
+            with compiled_lora_kernels(model, self._vllm_config):
+                super().load_weights(model, model_config)
+
         def load_model(
             self,
             vllm_config: VllmConfig,
@@ -120,6 +137,7 @@ def make_dequantizing_loader(loader: type[Any], **options: Any) -> type[Any]:
             """Load the model with ``loader``. If 16-bit copies of the weights are requested, attach
             them to the layers. The copies stay empty until the first forward pass.
             """
+            self._vllm_config = vllm_config
             model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **keywords)
             requested = (self.load_config.model_loader_extra_config or {}).get(COPIES_OPTION, False)
             if requested == "auto":
