@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import engine_checkpoints
@@ -41,6 +42,46 @@ def test_no_weight_stays_mapped_from_the_file(
     """A checkpoint file that is truncated during the run must not end the run."""
     with open_small(llama_folder):
         assert mapped_weight_files() == []
+
+
+def test_vllm_inspects_the_model_in_this_process(
+    llama_folder: Path,
+    open_small: Callable[..., Engine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second process would import torch and vLLM again. vLLM starts one for a class that is not
+    registered and not in its cache folder.
+    """
+    from vllm.model_executor.models import registry
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("vLLM has started a second process")
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", refuse)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    name = "LlamaForCausalLM"
+    module = "vllm.model_executor.models.llama"
+    registry.ModelRegistry.register_model(name, f"{module}:{name}")
+    with pytest.raises(AssertionError, match="second process"):
+        registry.ModelRegistry.models[name].inspect_model_cls()
+    with open_small(llama_folder) as engine:
+        assert type(engine.module).__name__ == name
+
+
+def test_the_warm_up_samples_with_the_given_options_only_during_the_start() -> None:
+    from vllm import SamplingParams
+
+    from toolkit.engine.vllm_internals import sampling_of_warm_up
+
+    every_option = SamplingParams.for_sampler_warmup()
+    given = SamplingParams(max_tokens=2, temperature=1.0)
+    with suppress(RuntimeError), sampling_of_warm_up(given):
+        first, second = SamplingParams.for_sampler_warmup(), SamplingParams.for_sampler_warmup()
+        assert first == second == given
+        assert first is not second
+        raise RuntimeError("no memory")  # a start that fails
+    assert SamplingParams.for_sampler_warmup() == every_option != given
 
 
 def process_resources() -> tuple[set[str], int, int]:
