@@ -50,7 +50,7 @@ vllm.utils.torch_utils.PIN_MEMORY = False
 from toolkit.engine import lora_compile  # noqa: E402
 from toolkit.engine.lora_tables import LayerShape  # noqa: E402
 
-SHAPES = {LayerShape((512, 128, 128), 512, 16), LayerShape((512,), 1024, 16)}
+SHAPES = {LayerShape((512, 128, 128), 512, 16)}
 GRAPH_SIZES, MAX_TOKENS = (1, 2, 4, 8, 16, 24), 600
 OTHER_SIZES = (3, 5, 20, 32, 77, 112, 300, 304, 599, 600)
 

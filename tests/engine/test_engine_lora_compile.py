@@ -43,7 +43,15 @@ def slot_shapes(engine: Engine) -> set[LayerShape]:
     return shapes
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        pytest.param("phi3", marks=pytest.mark.thorough),
+        pytest.param("gemma3", marks=pytest.mark.thorough),
+        pytest.param("qwen3_moe", marks=pytest.mark.thorough),
+    ],
+)
 def test_kernels_are_compiled_for_the_slots(
     family: str, tmp_path: Path, open_small: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,8 +80,8 @@ def run_worker(cache: Path) -> dict[str, Any]:
 def test_no_variant_is_left_for_the_first_launch(tmp_path: Path) -> None:
     result = run_worker(tmp_path)
     counts = Counter(name.rpartition(".")[2] for name in result["ahead"])
-    assert counts["_lora_shrink_kernel"] >= 4
-    assert counts["_lora_expand_kernel"] >= 4
+    assert counts["_lora_shrink_kernel"] >= 2
+    assert counts["_lora_expand_kernel"] >= 2
     assert result["later"] == []
     # The recorder sees a variant that was not compiled ahead.
     assert result["another_shape"]
