@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -56,6 +57,18 @@ def test_the_previous_handler_ignores_signals_once_the_run_ends():
         with StopSignals().installed() as signals:
             signals.begin_shutdown()
         send(signal.SIGTERM)
+        assert outer.received is None
+        assert outer.is_shutting_down
+
+
+def test_after_a_second_interrupt_no_other_signal_changes_the_exit_code():
+    with StopSignals().installed() as outer:
+        with suppress(KeyboardInterrupt), StopSignals().installed() as signals:
+            signals.stops_immediately = False
+            send(signal.SIGINT)
+            send(signal.SIGINT)
+            raise AssertionError("the second SIGINT was ignored")
+        send(signal.SIGHUP)
         assert outer.received is None
         assert outer.is_shutting_down
 

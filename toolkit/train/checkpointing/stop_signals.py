@@ -64,7 +64,7 @@ class StopSignals:
 
         After ``begin_shutdown``, this object ignores all signals. A previous handler may belong to
         another ``StopSignals`` object. If ``begin_shutdown`` was called inside the ``with`` block,
-        that other object then ignores all signals too.
+        or the block ends with KeyboardInterrupt, that other object then ignores all signals too.
         """
         numbers = handled_signals()
         previous = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
@@ -73,6 +73,9 @@ class StopSignals:
         signal.signal(signal.SIGALRM, self._on_alarm)
         try:
             yield self
+        except KeyboardInterrupt:
+            self.begin_shutdown()  # another signal must not change the exit code
+            raise
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             if self._ended:
