@@ -68,6 +68,7 @@ def fault(end: FinishedCommand, warned: set[str]) -> str | None:
     return f"validate did not warn about the key: {end.stderr}"
 
 
+@pytest.mark.thorough
 def test_validate_and_train_agree_on_a_sample_of_keys(world: Path) -> None:
     assert find_faults(world, random.Random(12).sample(runs(), SAMPLE)) == []
 

@@ -13,6 +13,8 @@ from spoiled_world import RUN, FinishedCommand, make_model, make_world, run_comm
 sys.path.append(str(Path(__file__).resolve().parents[1] / "unit" / "train"))
 from test_report_page import Page
 
+pytestmark = pytest.mark.thorough
+
 CANARY = "a canary that sings"
 TOKEN = "hf_" + "aB3dE6gH9jKl" * 3
 LEAKS = f"""\

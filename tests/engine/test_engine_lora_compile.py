@@ -77,6 +77,7 @@ def run_worker(cache: Path) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.thorough
 def test_no_variant_is_left_for_the_first_launch(tmp_path: Path) -> None:
     result = run_worker(tmp_path)
     counts = Counter(name.rpartition(".")[2] for name in result["ahead"])
