@@ -19,6 +19,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ from toolkit.engine.lora_tables import PREFILL_BATCH_SIZES, TUNED_BATCH_SIZES, L
 from toolkit.engine.vllm_internals import clear_pointer_cache, device_type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import nn
     from vllm.config import VllmConfig
@@ -99,7 +100,7 @@ def batch_sizes(graph_sizes: Iterable[int], max_tokens: int) -> list[int]:
 
 
 def compile_kernels(
-    shapes: Iterable[LayerShape], sizes: Iterable[int], max_loras: int, dtype: torch.dtype
+    shapes: Iterable[LayerShape], sizes: Sequence[int], max_loras: int, dtype: torch.dtype
 ) -> None:
     """Compile the variants of both LoRA kernels for layers with ``shapes`` and batches of ``sizes``
     tokens. ``max_loras`` is the number of LoRA slots, and ``dtype`` is their dtype.
@@ -108,7 +109,6 @@ def compile_kernels(
 
     shrink = _compiling_copy("lora_shrink_op", "_lora_shrink")
     expand = _compiling_copy("lora_expand_op", "_lora_expand")
-    sizes = list(sizes)
     try:
         with (
             ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool,
@@ -133,8 +133,6 @@ def _compiling_copy(module_name: str, function_name: str) -> Callable[..., None]
     """Return a copy of vLLM's function that launches a LoRA kernel. The copy compiles the kernel,
     and does not launch it.
     """
-    from importlib import import_module  # noqa: PLC0415 - these modules need Triton
-
     module = import_module(f"vllm.lora.ops.triton_ops.{module_name}")
     function: Any = inspect.unwrap(getattr(module, function_name))
     kernel_name = f"{function_name}_kernel"

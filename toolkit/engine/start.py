@@ -171,10 +171,10 @@ def add_gpu_arguments(arguments: dict[str, Any], options: EngineOptions, config:
         arguments.setdefault("moe_backend", "triton")
     if has_4bit_weights(options, config):
         weight_loader.register_dequantizing()
-    if options.dequantized_rollouts and has_4bit_weights(options, config):
-        arguments["model_loader_extra_config"] = {
-            weight_loader.COPIES_OPTION: options.dequantized_rollouts
-        }
+        if options.dequantized_rollouts:
+            arguments["model_loader_extra_config"] = {
+                weight_loader.COPIES_OPTION: options.dequantized_rollouts
+            }
     if options.enable_lora:
         use_table(torch.cuda.get_device_name(), vllm.__version__)
 

@@ -45,7 +45,28 @@ if TYPE_CHECKING:
     from vllm.config.load import LoadConfig
 
 
-class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm ships no types
+class CompilesLoraKernels:
+    """A base class for loaders, placed before vLLM's loader. The LoRA kernels are compiled while
+    ``load_weights`` of the other classes reads the checkpoint.
+    """
+
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, *arguments: Any, **keywords: Any
+    ) -> nn.Module:
+        """Make the model and read the checkpoint."""
+        self._vllm_config = vllm_config
+        loader: Any = super()
+        model: nn.Module = loader.load_model(vllm_config, model_config, *arguments, **keywords)
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Read the checkpoint into ``model``."""
+        loader: Any = super()
+        with compiled_lora_kernels(model, self._vllm_config):
+            loader.load_weights(model, model_config)
+
+
+class SharedWeightsLoader(CompilesLoraKernels, DefaultModelLoader):  # type: ignore[misc]  # vllm ships no types
     """vLLM's default loader, changed so that a second model can share the loaded weights."""
 
     def __init__(self, load_config: LoadConfig) -> None:
@@ -53,21 +74,12 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
         super().__init__(load_config)
         self._read_names: set[str] = set()
 
-    def load_model(
-        self, vllm_config: VllmConfig, model_config: ModelConfig, *arguments: Any, **keywords: Any
-    ) -> nn.Module:
-        """Make the model and read the checkpoint."""
-        self._vllm_config = vllm_config
-        model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **keywords)
-        return model
-
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Read the checkpoint into ``model``."""
         for module in model.modules():
             if isinstance(module, LinearBase):
                 module._cpu_skip_gemm_dispatch = True
-        with compiled_lora_kernels(model, self._vllm_config):
-            super().load_weights(model, model_config)
+        super().load_weights(model, model_config)
         copy_mapped_weights(model)
         setattr(model, READ_NAMES_ATTRIBUTE, frozenset(self._read_names))
         samples = {name: sample_values(tensor) for name, tensor in plain_parameters(model).items()}
@@ -121,12 +133,7 @@ def make_dequantizing_loader(loader: type[Any], **options: Any) -> type[Any]:
     to the layers. ``options`` are passed to ``dequantized.attach_copies``.
     """
 
-    class DequantizingLoader(loader):  # type: ignore[misc]  # known only at run time
-        def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-            """Read the checkpoint into ``model``."""
-            with compiled_lora_kernels(model, self._vllm_config):
-                super().load_weights(model, model_config)
-
+    class DequantizingLoader(CompilesLoraKernels, loader):  # type: ignore[misc]  # known only at run time
         def load_model(
             self,
             vllm_config: VllmConfig,
@@ -137,8 +144,7 @@ def make_dequantizing_loader(loader: type[Any], **options: Any) -> type[Any]:
             """Load the model with ``loader``. If 16-bit copies of the weights are requested, attach
             them to the layers. The copies stay empty until the first forward pass.
             """
-            self._vllm_config = vllm_config
-            model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **keywords)
+            model = super().load_model(vllm_config, model_config, *arguments, **keywords)
             requested = (self.load_config.model_loader_extra_config or {}).get(COPIES_OPTION, False)
             if requested == "auto":
                 requested = dequantized.choose_copy_bytes(model, vllm_config)
