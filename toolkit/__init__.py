@@ -76,10 +76,13 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415 - imported on first use, so that the import of the package stays fast
 
+    from toolkit.base.garbage_collection import collector_paused  # noqa: PLC0415 - as above
     from toolkit.train.logging_setup import hide_false_vllm_errors  # noqa: PLC0415 - as above
 
     hide_false_vllm_errors()
-    return getattr(import_module(_MODULE_BY_NAME[name]), name)
+    with collector_paused():
+        module = import_module(_MODULE_BY_NAME[name])
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -233,6 +233,7 @@ def test_a_checkpoint_that_does_not_match_is_refused(
     assert re.search(BAD_CHECKPOINTS[defect], caught.value.message), caught.value
     assert caught.value.exit_code == 1
     assert "checkpoint" in str(caught.value.fix)
+    assert gc.get_freeze_count() == 0, "garbage of this process would never be collected"
 
 
 def test_engine_and_model_that_differ_are_refused_by_the_spot_check(

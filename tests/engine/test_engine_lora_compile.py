@@ -84,6 +84,9 @@ def test_no_variant_is_left_for_the_first_launch(tmp_path: Path) -> None:
     assert counts["_lora_shrink_kernel"] >= 2
     assert counts["_lora_expand_kernel"] >= 2
     assert result["later"] == []
+    # Each launcher (a C function) is built once.
+    assert result["launchers_missing"] == 0
+    assert 2 <= result["launchers"] < len(result["ahead"])
     # The recorder sees a variant that was not compiled ahead.
     assert result["another_shape"]
 

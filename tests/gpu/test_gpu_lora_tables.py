@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_no_lora_kernel_is_compiled_at_its_first_launch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The start and the rollouts launch only variants that the thread of ``lora_compile`` has
-    compiled.
+    compiled. The launchers (C functions) are also compiled before.
     """
     import engine_checkpoints
 
@@ -76,6 +77,16 @@ def test_no_lora_kernel_is_compiled_at_its_first_launch(
         compiled.append((facts["fn"].name, threading.current_thread().name))
 
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", record)
+    from triton.runtime import build
+
+    c_compilations: list[set[str]] = []  # the functions on the stack
+    run_c_compiler = build._build
+
+    def record_c_compilation(*arguments: Any) -> str:
+        c_compilations.append({frame.name for frame in traceback.extract_stack()})
+        return run_c_compiler(*arguments)
+
+    monkeypatch.setattr(build, "_build", record_c_compilation)
     folder = engine_checkpoints.make_checkpoint(
         tmp_path / "model", "llama", hidden_size=512, intermediate_size=1024, head_dim=64
     )
@@ -92,3 +103,5 @@ def test_no_lora_kernel_is_compiled_at_its_first_launch(
     threads = {thread for name, thread in compiled if "_lora_shrink_kernel" in name}
     threads |= {thread for name, thread in compiled if "_lora_expand_kernel" in name}
     assert threads == {"lora-compile"}
+    assert any("_build_launcher" in names for names in c_compilations)
+    assert not any(names & {"_lora_shrink", "_lora_expand"} for names in c_compilations)

@@ -163,9 +163,12 @@ def _train(
     prepare_environment()
     _read_weights_ahead(config)
     from toolkit.base.defect import set_run_context  # noqa: PLC0415
-    from toolkit.train.checkpointing.run_directory import as_mapping  # noqa: PLC0415
-    from toolkit.train.run import run  # noqa: PLC0415
-    from toolkit.train.run_context import Options  # noqa: PLC0415 - imports torch
+    from toolkit.base.garbage_collection import collector_paused  # noqa: PLC0415
+
+    with collector_paused():
+        from toolkit.train.checkpointing.run_directory import as_mapping  # noqa: PLC0415
+        from toolkit.train.run import run  # noqa: PLC0415
+        from toolkit.train.run_context import Options  # noqa: PLC0415 - imports torch
 
     set_run_context(Path(config.runtime.output_dir), lambda: as_mapping(config))
     run(config, Options(evaluate=evaluate, debug=debug, check_rules=rules))

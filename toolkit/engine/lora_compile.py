@@ -107,16 +107,16 @@ def compile_kernels(
     """
     from triton import AsyncCompileMode  # noqa: PLC0415 - only installed with CUDA
 
-    shrink = _compiling_copy("lora_shrink_op", "_lora_shrink")
-    expand = _compiling_copy("lora_expand_op", "_lora_expand")
+    shrink = _CompilingCopy("lora_shrink_op", "_lora_shrink")
+    expand = _CompilingCopy("lora_expand_op", "_lora_expand")
     try:
-        with (
-            ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool,
-            AsyncCompileMode(pool, ignore_errors=True),
-        ):
-            for shape in shapes:
-                for tokens in sizes:
-                    _call(shrink, expand, shape, tokens, max_loras, dtype)
+        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+            with AsyncCompileMode(pool, ignore_errors=True):
+                for shape in shapes:
+                    for tokens in sizes:
+                        _call(shrink, expand, shape, tokens, max_loras, dtype)
+            for kernel in (*shrink.one_per_launcher(), *expand.one_per_launcher()):
+                pool.submit(_build_launcher, kernel)
     finally:
         clear_pointer_cache()
 
@@ -129,33 +129,58 @@ def _run_on_device(device: int | None, work: Callable[[], None]) -> None:
         return
 
 
-def _compiling_copy(module_name: str, function_name: str) -> Callable[..., None]:
-    """Return a copy of vLLM's function that launches a LoRA kernel. The copy compiles the kernel,
-    and does not launch it.
-    """
-    module = import_module(f"vllm.lora.ops.triton_ops.{module_name}")
-    function: Any = inspect.unwrap(getattr(module, function_name))
-    kernel_name = f"{function_name}_kernel"
-    kernel = _CompileOnly(getattr(module, kernel_name))
-    copy = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, kernel_name: kernel},
-        function.__name__,
-        function.__defaults__,
-    )
-    return torch.inference_mode()(copy)
-
-
-class _CompileOnly:
-    """Takes the place of a Triton kernel. ``kernel[grid](...)`` compiles the variant of the kernel
-    that these arguments need.
+class _CompilingCopy:
+    """A copy of vLLM's function that launches a LoRA kernel. The copy compiles the variant of the
+    kernel that its arguments need, and does not launch it.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
+    def __init__(self, module_name: str, function_name: str) -> None:
+        module = import_module(f"vllm.lora.ops.triton_ops.{module_name}")
+        function: Any = inspect.unwrap(getattr(module, function_name))
+        kernel_name = f"{function_name}_kernel"
+        self._kernel = getattr(module, kernel_name)
+        self._variants: dict[int, Any] = {}  # Triton's object of each variant, by its identity
+        copy = types.FunctionType(
+            function.__code__,
+            # In the copy, this object takes the place of the kernel.
+            {**function.__globals__, kernel_name: self},
+            function.__name__,
+            function.__defaults__,
+        )
+        self._copy: Callable[..., None] = torch.inference_mode()(copy)
 
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return partial(self._kernel.warmup, grid=grid)
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        """Compile the variant that a call of vLLM's function with these arguments would launch."""
+        self._copy(*arguments, **options)
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        """Return a function that compiles the kernel. vLLM calls ``kernel[grid](...)``."""
+
+        def compile_variant(*arguments: Any, **options: Any) -> None:
+            variant = self._kernel.warmup(*arguments, grid=grid, **options)
+            self._variants[id(variant)] = variant
+
+        return compile_variant
+
+    def one_per_launcher(self) -> Iterable[Any]:
+        """Return compiled kernels, one for each launcher. Kernels whose arguments have the same
+        types have the same launcher.
+        """
+        kernels = {}
+        for variant in self._variants.values():
+            kernel = variant.result(ignore_errors=True) if hasattr(variant, "result") else variant
+            if kernel is not None:
+                kernels[str(kernel.src.signature)] = kernel
+        return kernels.values()
+
+
+def _build_launcher(kernel: Any) -> None:
+    """Compile the C function that launches ``kernel``. Triton finds it in its cache at the first
+    launch. Without this, a C compiler runs for about 0.3 s at that time.
+    """
+    from triton.runtime import driver  # noqa: PLC0415 - only installed with CUDA
+
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 def _call(

@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError, MissingExtraError
+from toolkit.base.garbage_collection import collector_paused
 from toolkit.base.read_ahead import read_ahead, unused_memory_bytes
 from toolkit.engine.rollout_engine import vllm_available
 
@@ -56,7 +57,8 @@ def open_engine(options: EngineOptions) -> Engine:
     read_ahead(options.model, unused_memory_bytes())
     # Imported here, because vLLM reads its environment variables during the import. The import also
     # takes seconds.
-    from toolkit.engine.start import start_engine  # noqa: PLC0415
+    with collector_paused():
+        from toolkit.engine.start import start_engine  # noqa: PLC0415
 
     with warnings.catch_warnings():
         warnings.simplefilter(

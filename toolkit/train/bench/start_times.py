@@ -11,6 +11,8 @@ import logging
 import os
 import time
 
+from toolkit.base.garbage_collection import collector_paused
+
 LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
 VLLM_MARKS = (
     ("Starting to load model", "configuration of vLLM"),
@@ -38,23 +40,24 @@ class StartTimer(logging.Handler):
         vLLM's log messages.
         """
         os.environ.setdefault(LEVEL_VARIABLE, "INFO")
-        import torch  # noqa: F401, PLC0415
+        with collector_paused():
+            import torch  # noqa: F401, PLC0415
 
-        self.end_phase("import torch")
-        import transformers  # noqa: F401, PLC0415
+            self.end_phase("import torch")
+            import transformers  # noqa: F401, PLC0415
 
-        self.end_phase("import transformers")
-        from toolkit.engine.open_engine import prepare_environment  # noqa: PLC0415
-        from toolkit.engine.rollout_engine import vllm_available  # noqa: PLC0415
+            self.end_phase("import transformers")
+            from toolkit.engine.open_engine import prepare_environment  # noqa: PLC0415
+            from toolkit.engine.rollout_engine import vllm_available  # noqa: PLC0415
 
-        prepare_environment()
-        if vllm_available():
-            from toolkit.engine import start  # noqa: F401, PLC0415
+            prepare_environment()
+            if vllm_available():
+                from toolkit.engine import start  # noqa: F401, PLC0415
 
-        self.end_phase("import vLLM")
-        from toolkit import FastLanguageModel, GRPOTrainer  # noqa: F401, PLC0415
+            self.end_phase("import vLLM")
+            from toolkit import FastLanguageModel, GRPOTrainer  # noqa: F401, PLC0415
 
-        self.end_phase("import TRL, PEFT and the trainer")
+            self.end_phase("import TRL, PEFT and the trainer")
         logging.getLogger("vllm").addHandler(self)
 
     def end_phase(self, phase: str) -> None:
