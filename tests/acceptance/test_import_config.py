@@ -225,6 +225,31 @@ def test_a_hostile_name_stays_in_its_comment(format_name: str, tmp_path: Path) -
     assert document.find_node(("runtime", "output_dir")) is not None
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("clip_ratio: 0.2, clip_ratio_c: 1.21", "  delta: 1.21  # actor_rollout_ref.actor"),
+        ("clip_ratio_high: 2.5", None),  # verl's default of 3 is not above 1 + 2.5
+        ("clip_ratio: 0.2, clip_ratio_c: 1.2", "clip_ratio_c: 1.2 - grpo.delta has the same"),
+        ("clip_ratio_high: 0.5, clip_ratio_c: 1.5", "clip_ratio_c: 1.5 - grpo.delta has the same"),
+        ("clip_ratio_c: null", "clip_ratio_c: null - grpo.delta has the same"),
+    ],
+)
+def test_dual_clipping_of_verl_becomes_delta_where_both_are_equal(
+    settings: str, expected: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "verl.yaml"
+    path.write_text(
+        "actor_rollout_ref:\n  model: {path: m, lora_rank: 8}\n  actor: {" + settings + "}\n"
+        "data: {train_files: a.jsonl}\n"
+    )
+    text = run(path, "--from", "verl", "--to", "-").stdout
+    if expected is not None:
+        assert expected in text
+    if expected is None or "has the same" in expected:
+        assert "  delta:" not in text
+
+
 def test_from_selects_the_format_of_an_ambiguous_file(tmp_path: Path) -> None:
     path = tmp_path / "part.yaml"
     path.write_text("actor: 1\nnum_generations: 8\n")

@@ -148,6 +148,33 @@ def _set_kl_and_clipping(translation: Translation) -> None:
     low = translation.foreign_value(f"{_ACTOR}.clip_ratio_low")
     if low is not None:
         translation.write("grpo.epsilon", low, f"{_ACTOR}.clip_ratio_low")
+    _set_dual_clipping(translation)
+
+
+def _set_dual_clipping(translation: Translation) -> None:
+    """Convert ``clip_ratio_c``, the limit of the probability ratio for negative advantages (dual
+    clipping). verl uses it in every run, with the default 3.
+
+    TRL's ``delta`` limits the ratio for positive advantages too. If ``delta`` is above
+    ``1 + epsilon_high``, this has no effect, because the ratio is clipped there already.
+    """
+    key = f"{_ACTOR}.clip_ratio_c"
+    limit = translation.foreign_value(key, 3.0)
+    epsilon = translation.foreign_value(f"{_ACTOR}.clip_ratio", 0.2)  # verl's default
+    epsilon_high = translation.foreign_value(f"{_ACTOR}.clip_ratio_high", epsilon)
+    if _is_number(limit) and _is_number(epsilon_high) and limit > 1 + epsilon_high:
+        given = translation.find_entries(key)
+        why = key if given else "verl's default (clip_ratio_c)"
+        translation.write("grpo.delta", float(limit), why)
+        return
+    for entry in translation.find_entries(key).values():
+        translation.refuse(
+            entry, "grpo.delta has the same effect only if it is a number above 1 + clip_ratio_high"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _add_rewards(translation: Translation) -> None:
@@ -181,7 +208,14 @@ def _finish(translation: Translation) -> None:
     _set_batch_sizes(translation)
     _set_kl_and_clipping(translation)
     _add_rewards(translation)
-    if "grpo.eval_steps" in translation.run_values:
+    values = translation.run_values
+    if "grpo.warmup_steps" in values and "grpo.lr_scheduler_type" not in values:
+        translation.write(
+            "grpo.lr_scheduler_type",
+            "constant_with_warmup",
+            "verl's default (constant), which has a warm-up there",
+        )
+    if "grpo.eval_steps" in values:
         translation.write("grpo.eval_strategy", "steps", "because trainer.test_freq is set")
     set_sequence_length(translation)
 
@@ -243,10 +277,7 @@ ROWS = (
     Row(f"{_ACTOR}.clip_ratio", "grpo.epsilon"),
     Row(f"{_ACTOR}.clip_ratio_low", "grpo.epsilon", "", later),
     Row(f"{_ACTOR}.clip_ratio_high", "grpo.epsilon_high"),
-    Row(f"{_ACTOR}.clip_ratio_c", None, "dual clipping is not supported; grpo.delta is "
-                                        "different, because it limits the probability ratio for "
-                                        "positive advantages too",
-        refused=True, off=(None, 3.0, 3)),
+    Row(f"{_ACTOR}.clip_ratio_c", "grpo.delta", "", later),
     Row(f"{_ACTOR}.entropy_coeff", "grpo.entropy_coef"),
     Row(f"{_ACTOR}.use_kl_loss", "grpo.beta", "if it is true, grpo.beta is kl_loss_coef", later),
     Row(f"{_ACTOR}.kl_loss_coef", "grpo.beta", "", later),
