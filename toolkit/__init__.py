@@ -6,6 +6,8 @@ not, because these names are imported on first use (PEP 562).
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,8 +82,9 @@ def __getattr__(name: str) -> Any:
     from toolkit.train.logging_setup import hide_false_vllm_errors  # noqa: PLC0415 - as above
 
     hide_false_vllm_errors()
-    with collector_paused():
-        module = import_module(_MODULE_BY_NAME[name])
+    module_name = _MODULE_BY_NAME[name]
+    with nullcontext() if module_name in sys.modules else collector_paused():
+        module = import_module(module_name)
     return getattr(module, name)
 
 
