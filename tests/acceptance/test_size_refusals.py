@@ -31,7 +31,11 @@ def model(tmp_path):
         (["{model}", "--set", "lora.r=x"], 1, "must be an integer"),
         (["{model}", "--set", "lora"], 1, "an override must have the form key=value"),
         (["{model}", "--set", "lora.target_modules='('"], 1, "not a regular expression"),
-        (["{model}", "--set", "lora.use_gradient_checkpointing=maybe"], 1, "maybe is not one of"),
+        (
+            ["{model}", "--set", "lora.use_gradient_checkpointing=maybe"],
+            1,
+            "maybe is not one of auto, unsloth, and not true or false",
+        ),
         (["no/such/folder/at/all"], 2, "neither an existing folder"),
         (["nobody/Nothing"], 2, "nor in the cache"),
         (["{model}", "--gpu", "h200", "--set", "lora.r=1000"], 1, "512"),

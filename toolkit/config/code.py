@@ -5,6 +5,7 @@ is never imported, because importing would run its code.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -35,6 +36,8 @@ class FunctionFacts:
     parameters: tuple[str, ...] | None = None
     required: tuple[str, ...] = ()
     accepts_any_keyword: bool = False
+    # What the source lacks for a description of the function as a tool.
+    missing_description: str | None = None
 
     @property
     def signature(self) -> str:
@@ -85,6 +88,11 @@ def _parse_module(
     return a ``FunctionFacts`` with the reason.
     """
     file = module_file(module, folder, path)
+    if file is None and (folder / module).is_file():
+        return FunctionFacts(
+            name,
+            f"{module} is a file; write the module's name, {module.removesuffix('.py')}:{name}",
+        )
     if file is None:
         return FunctionFacts(
             name,
@@ -172,4 +180,24 @@ def _signature_facts(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Functi
         parameters=(*positional, *star, *keyword, *stars),
         required=tuple(required),
         accepts_any_keyword=arguments.kwarg is not None and not arguments.posonlyargs,
+        missing_description=_missing_description(function),
     )
+
+
+def _missing_description(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
+    """Return what the function lacks for a description that a model reads (transformers'
+    ``get_json_schema``): a docstring, a type hint, or a line on an argument in the docstring. None
+    if it lacks nothing.
+    """
+    docstring = ast.get_docstring(function)
+    if docstring is None:
+        return "has no docstring"
+    given = function.args
+    arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+    for argument in (*arguments, given.vararg, given.kwarg):
+        if argument is not None and argument.annotation is None:
+            return f"has no type hint for its argument {argument.arg}"
+    for argument in arguments:
+        if not re.search(rf"^\s*{argument.arg}\s*:", docstring, re.MULTILINE):
+            return f"has no line in its docstring for its argument {argument.arg}"
+    return None

@@ -24,12 +24,15 @@ SECTIONS = ("model", "lora", "dataset", "environment", "tools", "reward", "grpo"
 def explain(topic: str) -> str | None:
     """Return the explanation of ``topic`` as text; None if there is no such explanation.
 
-    ``topic`` is the id of a rule, the name of a key or metric, or one of the topics ``exit-codes``,
-    ``rules`` and ``metrics``. For a key or metric, the last part of the name is enough.
+    ``topic`` is the id of a rule, the name of a key or metric, an exit code, or one of the topics
+    ``exit-codes``, ``rules`` and ``metrics``. For a key or metric, the last part of the name is
+    enough.
     """
     word = topic.strip()
     if word == "exit-codes":
         return exit_codes()
+    if word.isdecimal() and int(word) in EXIT_CODES:
+        return f"exit code {int(word)}: {EXIT_CODES[int(word)]}"
     if word == "rules":
         return rule_list()
     if word == "metrics":

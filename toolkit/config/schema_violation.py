@@ -144,9 +144,11 @@ def _enum_fault(value: object, schema: dict[str, Any]) -> SchemaViolation | None
         if isinstance(value, str)
         else None
     )
+    others = [describe_schema(branch) for branch in schema.get("x-others", ())]
     return SchemaViolation(
         "KEY004",
-        f"{show_value(value)} is not one of {', '.join(map(show_value, legal_values))}",
+        f"{show_value(value)} is not one of {', '.join(map(show_value, legal_values))}"
+        + "".join(f", and not {other}" for other in others if other != "null"),
         (suggestion,) if suggestion else (),
     )
 

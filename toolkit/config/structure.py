@@ -171,15 +171,16 @@ def _default_fix(schema: dict[str, Any], fault: SchemaViolation) -> tuple[Fix, .
 
 def _matching_branch(value: object, branches: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the branch of an ``anyOf`` with which ``value`` is checked. This is the first branch
-    that accepts the value, else the first branch that allows the type of the value. If no branch
-    allows its type, return a schema whose key ``x-either`` lists all branches.
+    that accepts the value, else the first branch that allows the type of the value, whose key
+    ``x-others`` lists the other branches. If no branch allows its type, return a schema whose key
+    ``x-either`` lists all branches.
     """
     for branch in branches:
         if value_fault(value, branch) is None:
             return branch
     for branch in branches:
         if fits_type(value, branch):
-            return branch
+            return {**branch, "x-others": [other for other in branches if other is not branch]}
     return {"x-either": branches}
 
 

@@ -137,6 +137,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_l
                 fix=(
                     "set `model.max_seq_length` to at least the length of the longest prompt "
                     f"plus {max_tokens} tokens for the completion, or set "
-                    "`grpo.max_prompt_length` to a smaller length"
+                    "`grpo.max_prompt_length` to a smaller length. (The descriptions of tools are "
+                    "part of the prompt, and max_prompt_length does not count them.)"
                 ),
             )

@@ -29,6 +29,7 @@ MEMORY_LIMIT_BYTES = 1 << 30
 # characters.
 BASE_LIMIT_CHARACTERS = 1_000_000
 MAX_GROWTH = 20
+_TEMPLATE_PLACE = "chat_template.jinja or tokenizer_config.json in the model's folder"
 MAX_DEPTH = 64
 """The maximum number of levels of lists and objects in a message that is read from a completion."""
 
@@ -195,12 +196,20 @@ def template_error(tokenizer: PreTrainedTokenizerBase, error: Exception) -> Conf
             fix="use an instruct model, or write the prompts as plain text, or set a template in "
             'your script with `tokenizer = get_chat_template(tokenizer, "chatml")`',
         )
+    if any(kind.__name__ == "TemplateSyntaxError" for kind in type(error).__mro__):  # jinja2's
+        line = getattr(error, "lineno", None)
+        return ConfigError(
+            "the tokenizer's chat template is not a valid template"
+            f"{f' (line {line})' if line else ''}: {reason}",
+            where=_tokenizer_name(tokenizer),
+            fix=f"correct or replace the template. It is in {_TEMPLATE_PLACE}",
+        )
     return ConfigError(
         f"the tokenizer's chat template rejects the prompts: {reason}",
         where=_tokenizer_name(tokenizer),
         fix="use only roles that the template supports, in the order that it supports. If it does "
         "not support a system message, put the text of dataset.system into the prompts. "
-        "Alternatively, replace chat_template.jinja in the model's folder",
+        f"Alternatively, replace the template. It is in {_TEMPLATE_PLACE}",
     )
 
 
@@ -208,8 +217,8 @@ def _limit_error(tokenizer: PreTrainedTokenizerBase, problem: str) -> ConfigErro
     return ConfigError(
         f"the chat template of this tokenizer {problem}",
         where=_tokenizer_name(tokenizer),
-        fix="replace chat_template.jinja (or chat_template in tokenizer_config.json) in the "
-        "model's folder, or get the model from a source that you trust",
+        fix=f"replace the template in {_TEMPLATE_PLACE}, or get the model from a source that you "
+        "trust",
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.errors import ConfigValueError
+from toolkit.base.errors import ConfigError, ConfigValueError
 from toolkit.base.formatting import plural
 
 if TYPE_CHECKING:
@@ -49,6 +49,33 @@ def refuse_partial_groups(config: Any, user_fields: Collection[str]) -> None:
             fix="set per_device_eval_batch_size="
             f"{_round_up(config.per_device_eval_batch_size, config.world_size, eval_group)}",
         )
+
+
+def refuse_too_few_prompts(
+    prompts: int, completions: int, group: int, *, where: str | None, batch: str, split: str = ""
+) -> None:
+    """Check that there are enough prompts for one generation of ``completions`` completions, where
+    each prompt gets ``group`` of them. At the end of an epoch, TRL drops the last prompts if they
+    do not fill a generation. With too few prompts, TRL would drop all of them, and no step would
+    run.
+
+    For the message, ``where`` names the data, ``batch`` names the keys that set ``completions``,
+    and ``split`` says how the completions are split.
+
+    Raises:
+        ConfigError: there are too few prompts. The message has their number and the number needed.
+    """
+    needed = max(1, completions // group)
+    if prompts >= needed:
+        return
+    smaller = f", or a generation batch of at most {prompts * group} completions ({batch})"
+    raise ConfigError(
+        f"the number of prompts is {prompts}, but one generation needs {needed} prompts, so no "
+        f"step would run. A generation has {completions} completions{split}, and each prompt gets "
+        f"{group} of them",
+        where=where,
+        fix=f"use at least {needed} prompts{smaller if prompts else ''}",
+    )
 
 
 def _repeats_for_whole_groups(size: int, group: int) -> int:

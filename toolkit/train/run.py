@@ -239,7 +239,9 @@ def _make_trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
         raise ConfigError(
             first_line(error),
             where="tools",
-            fix="use a model whose chat template has tool calls, or remove the tools section",
+            fix="use a model with a chat template whose tool calls TRL can read, such as Qwen3, or "
+            "set response_template in the model's tokenizer_config.json, or remove the tools "
+            "section",
         ) from error
 
 

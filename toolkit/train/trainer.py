@@ -22,7 +22,7 @@ from toolkit.engine.mesh import current_mesh, run_on_first
 from toolkit.engine.rollout_request import check_prompts, request_seed
 from toolkit.policy.lora import keep_adapter_float32
 from toolkit.policy.tensor_parallel.functions import clip_split_grad_norm
-from toolkit.train import policy_setup, script_arguments
+from toolkit.train import legal_batches, policy_setup, script_arguments
 from toolkit.train.base_check import BaseCheck
 from toolkit.train.checkpointing.resumable_trainer import ResumableTrainer
 from toolkit.train.grpo_config import GRPOConfig, default_config
@@ -130,8 +130,17 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         contains the result of this check.
 
         Raises:
+            ConfigError: the dataset has fewer prompts than one generation needs.
             DefectError: the base weights changed.
         """
+        if hasattr(self.train_dataset, "__len__"):
+            legal_batches.refuse_too_few_prompts(
+                len(self.train_dataset),
+                self.args.generation_batch_size,
+                self.args.num_generations,
+                where="train_dataset",
+                batch="per_device_train_batch_size x gradient_accumulation_steps x processes",
+            )
         self.clear_module_caches()
         base_check = None if self._sharded() else BaseCheck(self.model)
         output = super().train(*args, **kwargs)

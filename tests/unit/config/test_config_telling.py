@@ -99,6 +99,7 @@ def test_the_explain_command() -> None:
     run = CliRunner().invoke
     done = run(cli, ["explain", "exit-codes"])
     assert all(f"{code:>3}  {meaning}" in done.output for code, meaning in EXIT_CODES.items())
+    assert run(cli, ["explain", "75"]).output == f"exit code 75: {EXIT_CODES[75]}\n"
     assert set(all_rules()) == {
         line.split()[0] for line in run(cli, ["explain", "rules"]).output.splitlines()
     }

@@ -173,10 +173,18 @@ def test_limits_are_fast() -> None:
     assert time.perf_counter() - begin < 3
 
 
+def test_a_template_with_a_syntax_error_does_not_blame_the_prompts() -> None:
+    limited = limit_template(make_tokenizer("{{ 1 }}\n{% for %}"))
+    with pytest.raises(
+        ConfigError, match=r"is not a valid template \(line 2\): Expected"
+    ) as refused:
+        limited.apply_chat_template(CHAT_MESSAGES)
+    assert "tokenizer_config.json" in str(refused.value.fix)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{% for %}", "Expected an expression"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
         ("{{ ''.__class__.mro() }}", "unsafe"),
         ("{% include '/etc/passwd' %}", "no loader"),

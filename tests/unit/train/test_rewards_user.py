@@ -145,6 +145,12 @@ def test_a_module_that_does_not_exist(tmp_path: Path) -> None:
         rewards(tmp_path, RewardFunction(name="mine:tone"))
 
 
+def test_the_name_of_a_file_instead_of_a_module(tmp_path: Path) -> None:
+    write(tmp_path, "mine.py", GOOD)
+    with pytest.raises(ConfigError, match=r"mine.py is a file[\s\S]*fix: write mine without .py"):
+        rewards(tmp_path, RewardFunction(name="mine.py:tone"))
+
+
 def test_an_option_that_is_also_a_column(tmp_path: Path) -> None:
     write(tmp_path, "mine.py", GOOD)
     with pytest.raises(ConfigError, match="option answer is also a dataset column"):

@@ -29,6 +29,7 @@ from toolkit.config.run_config import (
 from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.rewards import load_rewards
 from toolkit.train.rewards.error_policy import AsyncGuardedReward, ErrorPolicy, guard
+from toolkit.train.rewards.worker_process import WorkerProcess
 from toolkit.train.rewards.worker_rewards import RemoteReward
 
 HOSTILE = Path(__file__).with_name("hostile_rewards.py")
@@ -62,6 +63,21 @@ def _leave_no_finders(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     yield
     sys.modules.pop("hostile", None)
+
+
+@pytest.mark.parametrize("kind", ["missing", "not executable", "folder"])
+def test_an_interpreter_that_cannot_be_started(kind: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    if kind == "not executable":
+        python.touch()
+    elif kind == "folder":
+        python.mkdir()
+    open_files = set(os.listdir("/proc/self/fd"))
+    worker = WorkerProcess(str(python))
+    with pytest.raises(ConfigError, match="cannot be started: ") as refused:
+        worker.load({"do": "load"})
+    assert (refused.value.where, refused.value.exit_code) == ("environment.python", 1)
+    assert set(os.listdir("/proc/self/fd")) == open_files
 
 
 @pytest.fixture(scope="module")

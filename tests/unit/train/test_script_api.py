@@ -189,6 +189,17 @@ def test_training_ends_with_the_message_for_a_wrong_reward(tmp_path):
         make_script_trainer(tmp_path, [ones, words]).train()
 
 
+@pytest.mark.parametrize(("rows", "fix"), [(0, "at least 3 prompts$"), (2, "at most 8 completion")])
+def test_too_few_prompts_are_an_error_and_not_a_training_without_steps(tmp_path, rows, fix):
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=12)
+    trainer.train_dataset = trainer.train_dataset.select(range(rows))
+    with pytest.raises(
+        ConfigError, match=f"the number of prompts is {rows}, but one generation needs 3"
+    ) as refused:
+        trainer.train()
+    assert re.search(fix, refused.value.fix)
+
+
 def test_rewards_that_cannot_be_called_are_errors_before_training(tmp_path):
     with pytest.raises(
         ConfigError, match=re.escape("reward no_kwargs has the parameters (completions)")

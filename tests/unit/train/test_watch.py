@@ -48,6 +48,21 @@ def test_a_short_run_without_signal_is_reported_at_its_end(tmp_path: Path) -> No
     assert len(printed) == 1
 
 
+def test_a_failing_reward_is_named_in_the_warning(tmp_path: Path) -> None:
+    printed: list[str] = []
+    RewardWatch(tmp_path, printed.append).check_row(row(1, None, 1.0))
+    assert "likely cause: the reward functions return None for this data" in printed[0]
+    bad = tmp_path / "bad_rewards.jsonl"
+    bad.write_text('{"reward": "tone", "problem": "returned a str, not a number"}\n')
+    RewardWatch(tmp_path, printed.append).check_row(row(1, None, 1.0))
+    assert "likely cause: the reward tone returned a str, not a number" in printed[1]
+    assert "bad_rewards.jsonl in the run folder has the completions" in printed[1]
+    with bad.open("a") as file:
+        file.write(json.dumps({"reward": "tone", "problem": "x", "prompt": "y" * 70_000}) + "\n")
+    RewardWatch(tmp_path, printed.append).check_row(row(1, None, 1.0))
+    assert "likely cause: a reward function fails" in printed[2]
+
+
 def test_one_group_with_spread_resets_the_count(tmp_path: Path) -> None:
     printed: list[str] = []
     watch = RewardWatch(tmp_path, printed.append)

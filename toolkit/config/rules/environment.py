@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.code import is_allowed
+from toolkit.config.code import find_function, is_allowed
 from toolkit.config.environment_tasks import find_task_problem
 from toolkit.config.environments import (
     ADAPTERS,
@@ -109,8 +109,10 @@ def one_source_of_prompts(run: Run) -> Iterator[RuleViolation]:
 def tools_exist(run: Run) -> Iterator[RuleViolation]:
     """A tool has the form module:function, and runtime.allow_code allows the module.
 
-    The module is searched next to the run file and on the Python path. Validation reads its source
-    and does not import it. A missing module is a warning (with --strict an error).
+    The function needs type hints, and a docstring with a line for each argument (section `Args:`).
+    The model reads them. The module is searched next to the run file and on the Python path.
+    Validation reads its source and does not import it. A missing module is a warning (with --strict
+    an error).
     """
     if run.node(_TOOLS) is None or not run.is_set(_TOOLS):
         return
@@ -120,7 +122,27 @@ def tools_exist(run: Run) -> Iterator[RuleViolation]:
         if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
             yield RuleViolation(path, f"{name} must have the form module:function")
         else:
-            yield from function_violations(run, path, module, function)
+            violations = list(function_violations(run, path, module, function))
+            yield from violations or _description_violations(run, path, name)
+
+
+def _description_violations(
+    run: Run, path: tuple[str | int, ...], name: str
+) -> Iterator[RuleViolation]:
+    module, _, function = name.partition(":")
+    missing = find_function(module, function, run.document.source.folder).missing_description
+    if missing is not None:
+        yield RuleViolation(
+            path,
+            f"{function} {missing}: the model reads a tool's description from its type hints and "
+            "its docstring",
+            fixes=(
+                Fix(
+                    "add type hints to the function, and a docstring with a line "
+                    "`name: description` for each argument (section `Args:`)"
+                ),
+            ),
+        )
 
 
 @rule(

@@ -94,10 +94,12 @@ def context_is_not_oversized(run: Run) -> Iterator[RuleViolation]:
     The engine reserves KV cache for at least one sequence of max_seq_length tokens. The engine's
     tables and prefill passes also have room for max_seq_length tokens. A sequence of the run never
     has more than max_prompt_length + max_completion_length tokens. A max_seq_length above 4 times
-    this sum is a warning. The rule is checked if max_prompt_length is set.
+    this sum is a warning. The rule is checked if max_prompt_length is set. It is not checked with
+    tools, whose descriptions are part of the prompt but not of max_prompt_length.
     """
     context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
-    if not prompt or run.engine == "transformers" or not run.is_set(_CONTEXT):
+    has_tools = run.node("tools") is not None or run.get("environment.adapter") == "openenv"
+    if not prompt or has_tools or run.engine == "transformers" or not run.is_set(_CONTEXT):
         return
     needed = prompt + completion
     if context > MAX_CONTEXT_RATIO * needed:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.code import FunctionFacts, find_function, is_allowed
 from toolkit.config.finding import Fix, Severity
+from toolkit.config.message_text import show_value
 from toolkit.config.reward_table import BUILTIN_OPTIONS, PASSED_BY_TRL
 from toolkit.config.rules.run import SkipRule
 from toolkit.config.rules.violation import RuleViolation, rule
@@ -257,6 +259,7 @@ def options_are_known(run: Run) -> Iterator[RuleViolation]:
     """A built-in reward gets only options that it has, and all options that it requires.
 
     If the reward is your own function, the options are passed to the function as keyword arguments.
+    The option pattern of regex_match must be a regular expression of Python.
     """
     for path, members, name in _named_functions(run):
         option_table = BUILTIN_OPTIONS.get(name.value)
@@ -280,6 +283,20 @@ def options_are_known(run: Run) -> Iterator[RuleViolation]:
         for option, is_required in option_table.items():
             if is_required and option not in options:
                 yield RuleViolation((*path, "name"), f"{name.value} needs the option {option}")
+        if "pattern" in options and "pattern" in option_table:
+            yield from _pattern_violations(path, options["pattern"].value)
+
+
+def _pattern_violations(path: KeyPath, pattern: object) -> Iterator[RuleViolation]:
+    if not isinstance(pattern, str):
+        return
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        yield RuleViolation(
+            (*path, "options", "pattern"),
+            f"{show_value(pattern)} is not a valid regular expression: {error}",
+        )
 
 
 @rule(

@@ -34,8 +34,8 @@ _FEATURE_KEYS = (
     f"{GENERATION_BATCH_SIZE}"
 )
 _ROW_KEYS = (
-    f"{_PATH} {_LIMIT} {GROUP_SIZE} {GENERATION_BATCH_SIZE} {STEPS_PER_GENERATION} "
-    f"{ACCUMULATION_STEPS} {MICRO_BATCH_SIZE}"
+    f"{_PATH} {_LIMIT} {_ENVIRONMENT_SIZE} {GROUP_SIZE} {GENERATION_BATCH_SIZE} "
+    f"{STEPS_PER_GENERATION} {ACCUMULATION_STEPS} {MICRO_BATCH_SIZE}"
 )
 
 
@@ -53,16 +53,17 @@ grpo:
     fix="gradient_accumulation_steps: 64",
 )
 def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
-    """The dataset has enough rows for at least one generation batch.
+    """The dataset or the environment has enough rows for at least one generation batch.
 
     A generation batch of N completions needs N / num_generations prompts over all processes, each
     from a different row. TRL drops rows that do not fill a generation batch, so with too few rows
     nothing is trained. Rows without a prompt do not count. The rule is checked if the rows can be
-    counted or dataset.limit is set.
+    counted or dataset.limit is set. An environment has environment.size rows.
     """
-    if run.value(_PATH) is None:
+    has_environment = run.node(_ENVIRONMENT) is not None
+    if run.value(_PATH) is None and not has_environment:
         return
-    rows, origin = _row_count(run)
+    rows, origin = _environment_rows(run) if has_environment else _row_count(run)
     batch, formula, key_to_fix = generation_batch(run)
     group = run.value(GROUP_SIZE)
     if rows is None or group < 2 or batch % group:  # GRPO001 or GRPO002 reports this fault
@@ -71,17 +72,27 @@ def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
     if rows >= needed_rows:
         return
     is_limited = run.node(_LIMIT) is not None and rows == run.get(_LIMIT)
+    fixes = _row_fixes(run, rows, needed_rows, key_to_fix, is_limited=is_limited)
+    if has_environment:
+        key, fixes = _ENVIRONMENT_SIZE, (*fixes, run.set_fix(_ENVIRONMENT_SIZE, needed_rows))
+    else:
+        key = _LIMIT if is_limited else _PATH
     yield RuleViolation(
-        _LIMIT if is_limited else _PATH,
+        key,
         f"{rows} rows do not fill one generation batch of {needed_rows} prompts: nothing is "
         "trained",
         notes=(
             f"prompts = {batch} completions / {run.describe(GROUP_SIZE)}; completions = {formula}",
             f"rows = {origin}",
         ),
-        fixes=_row_fixes(run, rows, needed_rows, key_to_fix, is_limited=is_limited),
+        fixes=fixes,
         related=(key_to_fix, GROUP_SIZE),
     )
+
+
+def _environment_rows(run: Run) -> tuple[int | None, str]:
+    """The number of rows of the environment, and a text that names its origin."""
+    return run.value(_ENVIRONMENT_SIZE), run.describe(_ENVIRONMENT_SIZE)
 
 
 def _row_count(run: Run) -> tuple[int | None, str]:
@@ -162,11 +173,7 @@ def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
     if not active_features:
         return
     if run.node(_ENVIRONMENT) is not None:
-        rows, origin, rows_key = (
-            run.value(_ENVIRONMENT_SIZE),
-            run.describe(_ENVIRONMENT_SIZE),
-            _ENVIRONMENT_SIZE,
-        )
+        (rows, origin), rows_key = _environment_rows(run), _ENVIRONMENT_SIZE
     else:
         (rows, origin), rows_key = _row_count(run), _PATH
     batch, formula, _ = generation_batch(run)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.errors import ConfigError
 from toolkit.config import parallel
 from toolkit.sizing.micro_batch import (
     ACCUMULATION,
@@ -24,6 +23,7 @@ from toolkit.sizing.micro_batch import (
 )
 from toolkit.train.checkpointing import checkpoint
 from toolkit.train.checkpointing.run_directory import PACK_TOKENS
+from toolkit.train.legal_batches import refuse_too_few_prompts
 from toolkit.train.process_control import world_size
 
 if TYPE_CHECKING:
@@ -73,28 +73,21 @@ def config_to_record(config: RunConfig, resolved: RunConfig) -> RunConfig:
 
 
 def check_prompt_count(config: RunConfig, prompts: int, replicas: int) -> None:
-    """Check that there are enough prompts for one generation. At the end of an epoch, TRL drops the
-    last prompts if they do not fill a generation. With too few prompts, TRL would drop all of them,
-    and no step would run.
+    """Check that there are enough prompts for one generation.
 
     Raises:
-        ConfigError: there are too few prompts. The message has their number and the number needed.
+        ConfigError: there are too few prompts.
     """
     _, _, per_replica = read_batch(config.grpo, 1, on_cpu=False, world_size=replicas)
     group_size = read_count(config.grpo, "num_generations")
-    completions = per_replica * replicas
-    needed = max(1, completions // group_size)
-    if prompts >= needed:
-        return
-    by_replica = f" ({per_replica} for each of {replicas} replicas)" if replicas > 1 else ""
-    raise ConfigError(
-        f"the number of prompts is {prompts}, but one generation needs {needed} prompts, so no "
-        f"step would run. A generation has {completions} completions{by_replica}, and each prompt "
-        f"gets {group_size} of them",
+    refuse_too_few_prompts(
+        prompts,
+        per_replica * replicas,
+        group_size,
         where=config.dataset.path,
-        fix=f"use at least {needed} prompts, or a generation batch of at most "
-        f"{prompts * group_size} completions (grpo.per_device_train_batch_size x "
-        "grpo.gradient_accumulation_steps x number of replicas)",
+        batch="grpo.per_device_train_batch_size x grpo.gradient_accumulation_steps x number of "
+        "replicas",
+        split=f" ({per_replica} for each of {replicas} replicas)" if replicas > 1 else "",
     )
 
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
@@ -36,6 +38,7 @@ class RewardWatch:
         metrics.jsonl. A resumed run continues to count these steps. Raises OSError.
         """
         self.print_line = print_line
+        self._bad_rewards = run_dir / BAD_REWARDS_FILE
         self.count = _read_last_count(run_dir / "metrics.jsonl")
         self.printed: set[str] = set()
         self.has_signal = False
@@ -54,7 +57,9 @@ class RewardWatch:
         if self.count:
             row[COUNT_METRIC] = self.count
         if is_unscored:
-            self._print_once("unscored", unscored_warning(row))
+            self._print_once(
+                "unscored", unscored_warning(row, _read_last_failure(self._bad_rewards))
+            )
         elif self.count >= MAX_STEPS_WITHOUT_SIGNAL:
             self._print_once("flat", equal_rewards_warning(row, self.count))
 
@@ -71,14 +76,45 @@ class RewardWatch:
             self.print_line(text)
 
 
-def unscored_warning(row: Mapping[str, Any]) -> str:
-    """The warning for a step in which no completion has a reward."""
-    return (
+def unscored_warning(row: Mapping[str, Any], last_failure: str | None) -> str:
+    """The warning for a step in which no completion has a reward. ``last_failure`` says how a
+    reward function failed, if one failed.
+    """
+    head = (
         f"warning: step {row['step']}: every reward is None or NaN, so the model learns nothing "
-        "from this step.\n  likely causes: the reward functions return None for this data, or "
-        "they fail (reward.on_error: none)\n  what to do: read completions.jsonl in the run "
-        "folder, and call the reward functions on one of its completions"
+        "from this step.\n"
     )
+    if last_failure is not None:
+        return (
+            f"{head}  likely cause: {last_failure} (reward.on_error: none)\n  what to do: correct "
+            f"the reward function. {BAD_REWARDS_FILE} in the run folder has the completions on "
+            "which it failed"
+        )
+    return (
+        f"{head}  likely cause: the reward functions return None for this data\n  what to do: read "
+        "completions.jsonl in the run folder, and call the reward functions on one of its "
+        "completions"
+    )
+
+
+def _read_last_failure(path: Path) -> str | None:
+    """Return how a reward function failed last, according to the last row of bad_rewards.jsonl.
+    None if there is no such file.
+    """
+    if not path.is_file():
+        return None
+    try:
+        row = json.loads(_last_lines(path)[-1])
+        return f"the reward {row['reward']} {row['problem']}"
+    except (IndexError, KeyError, TypeError, ValueError):  # for example, a very long row
+        return "a reward function fails"
+
+
+def _last_lines(path: Path) -> list[str]:
+    """Return the lines at the end of a file. The first of them may be incomplete."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        return file.read().decode("utf-8", "replace").splitlines()
 
 
 def equal_rewards_warning(row: Mapping[str, Any], count: int) -> str:
@@ -109,9 +145,7 @@ def _read_last_count(path: Path) -> int:
     """The number ``steps_without_signal`` in the last training row of metrics.jsonl, or 0."""
     if not path.is_file():
         return 0
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        lines = file.read().decode("utf-8", "replace").splitlines()
+    lines = _last_lines(path)
     for line in reversed(lines):
         try:
             row = json.loads(line)

@@ -95,8 +95,8 @@ def _create_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
         raise ConfigError(
             f"tool {name}: {first_line(error)}",
             where=TOOLS_KEY,
-            fix="add type hints to the function, and a docstring with a line for each argument "
-            "(section `Args:`)",
+            fix="add type hints to the function, and a docstring with a line `name: description` "
+            "for each argument (section `Args:`)",
         ) from error
     return schema
 

@@ -126,6 +126,12 @@ def _import(label: str, module_name: str, folder: Path) -> ModuleType:
     try:
         return import_module(module_name)
     except ModuleNotFoundError as error:
+        if (folder / module_name).is_file():
+            raise ConfigError(
+                f"{label}: {module_name} is a file, and not the name of a module",
+                where=str(folder),
+                fix=f"write {module_name.removesuffix('.py')} without .py",
+            ) from error
         if error.name and module_name.startswith(error.name):
             raise ConfigError(
                 f"{label}: the module {error.name} does not exist",

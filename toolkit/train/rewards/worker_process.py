@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.base import errors
-from toolkit.base.errors import ToolkitError
+from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.base.time_limits import OutOfTime
 from toolkit.train.rewards import worker_channel
 from toolkit.train.rewards.worker_replies import is_valid
@@ -174,6 +174,17 @@ class _RunningWorker:
                 # With a fixed hash seed, a set of texts has the same order after a restart.
                 env={"PYTHONHASHSEED": "0", **os.environ},
             )
+        except OSError as problem:
+            os.close(self._requests)
+            os.close(self._replies)
+            if python is None or problem.filename != python:
+                raise
+            raise ConfigError(
+                f"{python} cannot be started: {problem.strerror}",
+                where="environment.python",
+                fix="set it to the Python interpreter of a virtual environment that has the "
+                "environment's package, such as openenv-venv/bin/python",
+            ) from problem
         finally:
             os.close(requests_end)
             os.close(replies_end)
