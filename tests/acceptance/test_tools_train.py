@@ -205,7 +205,9 @@ def test_a_slow_tool_is_interrupted_and_counted(results: dict[str, FinishedComma
     assert row["tools/failure_frequency"] == 1
 
 
-@pytest.mark.parametrize(("case", "message"), [("bare", "bare has no docstring"), ("plain", "a chat")])
+@pytest.mark.parametrize(
+    ("case", "message"), [("bare", "bare has no docstring"), ("plain", "a chat")]
+)
 def test_tools_that_cannot_be_called_are_errors(
     results: dict[str, FinishedCommand], case: str, message: str
 ) -> None:
