@@ -29,10 +29,6 @@ CASES = {
     "optimizer": ({"optim": "sgd", "optim_args": "nesterov=true"}, "Nesterov"),
     "tracker": ({"report_to": ["wandbb"]}, "wandbb is not supported"),
     "loader": ({"dataloader_persistent_workers": True}, "num_workers"),
-    "length": (
-        {"max_steps": -1, "gradient_accumulation_steps": 64, "steps_per_generation": None},
-        "dataloader does not have a length",
-    ),
     "metric": (
         {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "accuracy"},
         "eval_accuracy",
