@@ -102,8 +102,8 @@ CASES = {
     ),
     "empty dataset": Case(1, ("train.jsonl has no rows",), _write("train.jsonl", "\n")),
     "prompt longer than the model's sequences": Case(
-        1,
-        ("has 3000 tokens, but the engine supports 64", "model.max_seq_length"),
+        0,
+        (),
         _write("train.jsonl", f'{{"question": "{"7" * 3000}", "answer": "2"}}\n' * 8),
     ),
     "column of two types": Case(
@@ -196,6 +196,12 @@ def _check(case: Case, shown: FinishedCommand | subprocess.CompletedProcess[str]
         assert message in shown.stderr
     assert ("Traceback" in shown.stdout + shown.stderr) is ("--debug" in case.arguments)
     assert CANARY not in shown.stdout + shown.stderr
+
+
+def test_prompts_are_shortened_so_that_a_completion_has_room(results) -> None:
+    stdout = results["prompt longer than the model's sequences"].stdout
+    assert "8 prompts were longer than grpo.max_prompt_length" in stdout
+    assert "the longest had 3000 tokens" in stdout
 
 
 def test_the_sample_of_a_failing_reward_is_saved(results) -> None:

@@ -37,6 +37,17 @@ one copy.
 """
 
 
+_KEPT_DEFAULTS = frozenset(
+    {
+        "use_cache", "cache_config", "max_cache_len", "prefill_chunk_size", "disable_compile",
+        "compile_config", "continuous_batching_config",
+    }
+)  # fmt: skip
+"""The options of a checkpoint's generation config that change how completions are computed, but not
+which.
+"""
+
+
 class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types that strict mode can use
     """The logits processor that runs after all others. It samples one token per row, and gives all
     other tokens the score -inf.
@@ -52,13 +63,25 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers ships n
         self.scores: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        """Return (B, V) scores: 0 for the sampled token, -inf for the others."""
+        """Return (B, V) scores: 0 for the sampled token, -inf for the others.
+
+        Raises:
+            ConfigValueError: scores are NaN or infinite.
+        """
         del input_ids
         if self._keep_scores:
             self.scores.append(scores_BV)
         number_B1 = self._next_numbers(scores_BV.device)
         cumulative_BV = torch.softmax(scores_BV.double(), -1).cumsum(-1)
         total_B1 = cumulative_BV[:, -1:].contiguous()
+        if not total_B1.isfinite().all():
+            raise ConfigValueError(
+                "the model's logits are not finite. Either its weights contain NaN or infinity, or "
+                f"values exceed the range of {str(scores_BV.dtype).removeprefix('torch.')}",
+                where="rollout",
+                fix="lower grpo.learning_rate. If it happens in the first step, copy the "
+                "checkpoint again. If dtype is float16, use bfloat16 or float32",
+            )
         # Keep the number below the total probability even after rounding, so that the selected
         # token has a positive probability.
         limit_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
@@ -66,9 +89,7 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers ships n
             cumulative_BV, torch.minimum(number_B1 * total_B1, limit_B1), right=True
         )
         token_B1 = token_B1.clamp(max=scores_BV.shape[1] - 1)
-        chosen_BV = torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B1, 0.0)
-        # Scores with NaN are returned unchanged, and transformers raises an error for them.
-        return torch.where(total_B1.isfinite(), chosen_BV, scores_BV)
+        return torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B1, 0.0)
 
     def _next_numbers(self, device: torch.device) -> torch.Tensor:
         """Return (B, 1) float64 in [0, 1): the next random number of each row."""
@@ -293,7 +314,10 @@ def _without_checkpoint_defaults(model: PreTrainedModel) -> Iterator[None]:
     original = base_model.generation_config
     without_defaults = copy.deepcopy(original)
     for name, keyword in KEYWORDS["transformers"].items():
-        if keyword.effect is not Effect.NONE:
+        is_kept = keyword.effect is Effect.NONE and (
+            name in _KEPT_DEFAULTS or name.endswith("_token_id")
+        )
+        if not is_kept:
             setattr(without_defaults, name, None)
     base_model.generation_config = without_defaults
     try:

@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from toolkit.base.errors import (
     ConfigValueError,
     InputError,
     MissingExtraError,
+    ToolkitError,
     UnsupportedError,
     first_line,
 )
@@ -155,12 +155,19 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (SafetensorError, OSError, RuntimeError, ImportError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except Exception as error:  # values in the model's files can cause any error in transformers
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError, ToolkitError)):
             raise
+        reason = first_line(error)
+        if "ignore_mismatched_sizes" in reason:
+            reason = "the shapes of its weights differ from those that config.json describes"
+        elif not isinstance(error, (OSError, ValueError, RuntimeError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise InputError(
-            f"the model's weights cannot be loaded: {first_line(error)}",
+            f"the model cannot be loaded: {reason}",
             where=checkpoint.name,
+            fix="check config.json, generation_config.json and the weights in the model's folder, "
+            "or copy them again",
         ) from error
     _check_complete(loading_info, checkpoint.name)
     copy_mapped_weights(model)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
-from toolkit.base.errors import InputError, ToolkitWarning, first_line
+from toolkit.base.errors import ConfigError, InputError, ToolkitWarning, first_line
 from toolkit.base.files import check_folder
 from toolkit.policy.render_template import limit_template
 
@@ -47,7 +47,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"the tokenizer in the folder cannot be read: {first_line(error)}",
             where=str(folder),
@@ -64,12 +64,27 @@ def fix_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
 
     Generation from a batch needs left padding. If possible, the pad token is a token that does not
     end a sequence. If the pad token also ended sequences, the loss would exclude the end of each
-    completion. No token is added to the vocabulary, because that would change the embeddings.
+    completion. No token is added to the vocabulary, because that would change the embeddings. If
+    the tokenizer names no end token, the model's configs name it.
+
+    Raises:
+        ConfigError: there is neither an end token nor a token for padding.
     """
     tokenizer.padding_side = "left"
+    rows = model.get_input_embeddings().weight.shape[0]
     end_token_ids = end_ids(tokenizer, model)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in end_token_ids:
-        token = _find_pad_token(tokenizer, end_token_ids)
+    if tokenizer.eos_token_id is None and end_token_ids:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(min(end_token_ids))
+    unusable_ids = {None, *end_token_ids}
+    if tokenizer.pad_token_id in unusable_ids or tokenizer.pad_token_id >= rows:
+        token = _find_pad_token(tokenizer, end_token_ids, rows)
+        if token is None and tokenizer.eos_token is None:
+            raise ConfigError(
+                "the tokenizer names no token that ends a completion, and its vocabulary has no "
+                "token for padding",
+                where=str(tokenizer.name_or_path),
+                fix="set eos_token in tokenizer_config.json in the model's folder",
+            )
         if token is None:
             warnings.warn(
                 f"the vocabulary has no padding token, so {tokenizer.eos_token!r} is used for "
@@ -96,9 +111,12 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[i
 
 
 def _find_pad_token(
-    tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int]
+    tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int], rows: int
 ) -> str | None:
-    vocabulary = tokenizer.get_vocab()
+    """Return a token for padding that ends no completion. ``rows`` is the number of rows of the
+    model's embedding. None if there is no such token.
+    """
+    vocabulary = {name: index for name, index in tokenizer.get_vocab().items() if index < rows}
     for name in PAD_NAMES:
         if name in vocabulary and vocabulary[name] not in end_token_ids:
             return name

@@ -12,7 +12,7 @@ from toolkit.sizing.micro_batch import TRL_DEFAULTS, read_batch, read_count
 
 if TYPE_CHECKING:
     from toolkit.config.resolved import ResolvedRun
-    from toolkit.config.run_config import LoraSection
+    from toolkit.config.run_config import LoraSection, RunConfig
     from toolkit.sizing.device import Device
     from toolkit.sizing.model_blocks import ModelSpec
 
@@ -94,6 +94,17 @@ class StepPlan:
         return self.accumulation if self.passes is None else self.passes
 
 
+def max_prompt_length(config: RunConfig) -> int:
+    """Return the maximum number of tokens of a prompt: ``grpo.max_prompt_length``, or if it is not
+    set, the room that the longest completion leaves in ``model.max_seq_length``.
+    """
+    length = config.grpo.get("max_prompt_length")
+    if isinstance(length, int) and length >= 1:
+        return length
+    completion = read_count(config.grpo, "max_completion_length")
+    return max(config.model.max_seq_length - completion, 1)
+
+
 def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
     """Return the numbers of ``run`` that determine its memory. Raises ConfigError if a number in
     the run file is not an integer of at least 1.
@@ -102,9 +113,7 @@ def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
     grpo = config.grpo
     completion = read_count(grpo, "max_completion_length")
     length = config.model.max_seq_length
-    prompt = grpo.get("max_prompt_length")
-    if not isinstance(prompt, int) or prompt < 1:
-        prompt = max(length - completion, 1)
+    prompt = max_prompt_length(config)
     sequence = min(prompt + completion, length)
     micro_batches, accumulation, rollouts = read_batch(
         grpo, sequence, on_cpu=device is None, world_size=world_size

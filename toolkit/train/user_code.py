@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from toolkit.base.errors import ConfigError
 from toolkit.config import parallel
+from toolkit.sizing.workload import max_prompt_length
 from toolkit.train.checkpointing import micro_batch_record
 from toolkit.train.data.dataset import load_data
 from toolkit.train.process_control import world_size
@@ -66,7 +67,8 @@ def load_user_code(
     data = load_data(
         config.dataset,
         tokenizer,
-        max_prompt_length=config.grpo.get("max_prompt_length"),
+        max_prompt_length=max_prompt_length(config),
+        count_all=config.grpo.get("max_prompt_length") is not None,
         template=config.grpo.get("chat_template_kwargs"),
         environment=environment,
         make_problems=code and partial(request_problems, code, environment_worker, timeout_s),

@@ -164,7 +164,9 @@ def test_sampled_tokens_follow_the_probabilities() -> None:
     torch.testing.assert_close(counts / (2 * rows), probabilities, atol=0.02, rtol=0)
     assert all(torch.equal(kept, scores) for kept in sampler.scores)
     nan_scores = torch.full((rows, 4), torch.nan)
-    assert sampler(torch.zeros(rows, 1), nan_scores).isnan().all()  # transformers rejects it
+    with pytest.raises(ConfigValueError, match="logits are not finite") as refused:
+        sampler(torch.zeros(rows, 1), nan_scores)
+    assert refused.value.exit_code == 1
 
 
 def test_a_completion_ends_at_a_stop_string(model: Any) -> None:

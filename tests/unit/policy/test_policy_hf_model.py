@@ -162,8 +162,28 @@ def test_tensors_with_a_wrong_shape_are_refused(load: Any, checkpoint_copy: Path
     _change_tensors(
         checkpoint_copy, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(65)})
     )
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match=r"cannot be loaded: the shapes of its weights differ"):
         load(checkpoint_copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("config.json", {"hidden_act": "zzz"}, "KeyError: 'zzz'"),
+        ("config.json", {"pad_token_id": 5000}, "AssertionError: Padding_idx"),
+        ("generation_config.json", [], "TypeError: list indices"),
+    ],
+)
+def test_values_that_transformers_cannot_use_are_input_errors(
+    load: Any, checkpoint_copy: Path, file: str, text: Any, reason: str
+) -> None:
+    path = checkpoint_copy / file
+    if isinstance(text, dict):
+        text = json.loads(path.read_text()) | text
+    path.write_text(json.dumps(text))
+    with pytest.raises(InputError, match=f"the model cannot be loaded: {reason}") as refused:
+        load(checkpoint_copy)
+    assert "config.json" in str(refused.value.fix)
 
 
 def test_truncated_weights_are_refused(load: Any, checkpoint_copy: Path) -> None:

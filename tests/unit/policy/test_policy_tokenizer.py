@@ -8,13 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from toolkit.base.errors import InputError
+from toolkit.base.errors import ConfigError, InputError
 from toolkit.policy.tokenizer import end_ids, fix_tokenizer, load_tokenizer
 
 
-def _fake_model(*ends: int) -> Any:
+def _fake_model(*ends: int, rows: int = 100) -> Any:
     return SimpleNamespace(
+        get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(rows, 1)),
         config=SimpleNamespace(pad_token_id=None),
         generation_config=SimpleNamespace(eos_token_id=list(ends) or None, pad_token_id=None),
     )
@@ -54,6 +56,27 @@ def test_a_pad_token_is_chosen_from_the_vocabulary(
     fix_tokenizer(tokenizer, _fake_model(*ends))
     assert tokenizer.pad_token == expected
     assert len(tokenizer) == size
+
+
+def test_a_pad_token_without_a_row_in_the_embedding_is_replaced() -> None:
+    tokenizer = _make_tokenizer(["<pad>", "<|endoftext|>", "<new>"], "<new>")
+    fix_tokenizer(tokenizer, _fake_model(rows=5))
+    assert tokenizer.pad_token == "<pad>"
+    tokenizer = _make_tokenizer(["<new>", "<pad>"], "<new>")
+    with pytest.warns(UserWarning, match="no padding token, so '</s>' is used"):
+        fix_tokenizer(tokenizer, _fake_model(rows=3))
+
+
+def test_the_model_names_the_end_token_if_the_tokenizer_does_not() -> None:
+    tokenizer = _make_tokenizer(["<pad>"], None)
+    tokenizer.eos_token = None
+    fix_tokenizer(tokenizer, _fake_model(2, 1))
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("b", "<pad>")
+    tokenizer = _make_tokenizer([], None)
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="names no token that ends a completion") as refused:
+        fix_tokenizer(tokenizer, _fake_model())
+    assert "tokenizer_config.json" in str(refused.value.fix)
 
 
 def test_without_a_pad_token_the_eos_token_is_used_with_a_warning() -> None:

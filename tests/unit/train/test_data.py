@@ -29,6 +29,16 @@ def load(path: str | None, tokenizer: Any = None, limit: int | None = None, **se
     return load_data(chosen, tokenizer or make_tokenizer(), max_prompt_length=limit)
 
 
+def test_the_default_limit_counts_only_prompts_that_may_be_longer(tmp_path: Path) -> None:
+    section = DatasetSection(path=write(tmp_path, [{"q": "w1"}, {"q": "w2 " * 900}]), prompt="q")
+    data = load_data(section, make_tokenizer(), max_prompt_length=500, count_all=False)
+    assert (data.report.train.truncated, data.report.train.longest_tokens) == (1, 901)
+    assert [len(row["prompt"].split()) for row in data.train] == [1, 499]
+    short = DatasetSection(path=write(tmp_path, [{"q": "w1"}]), prompt="q")
+    data = load_data(short, make_tokenizer(), max_prompt_length=500, count_all=False)
+    assert (data.report.train.truncated, data.report.train.longest_tokens) == (0, None)
+
+
 def test_plain_prompts_with_their_columns(tmp_path: Path) -> None:
     rows = [{"q": "w1", "a": 1, "level": "x"}, {"q": "w2", "a": 2, "level": "y"}]
     path = write(tmp_path, rows)

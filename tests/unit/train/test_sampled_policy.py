@@ -92,6 +92,7 @@ def test_generation_options_of_the_checkpoint_are_not_used(tmp_path: Path) -> No
     trainer = make_trainer(tmp_path, max_completion_length=12)
     config = trainer.model.generation_config
     config.no_repeat_ngram_size, config.suppress_tokens = 1, [plain[0][0]]
+    config.num_beams, config.stop_strings, config.max_time = 4, ["x"], 1e-6
     assert completions_of(trainer) == plain
     assert config.no_repeat_ngram_size == 1
     assert trainer.model.generation_config is config

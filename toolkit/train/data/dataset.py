@@ -108,11 +108,12 @@ class Data:
     report: DataReport
 
 
-def load_data(
+def load_data(  # noqa: PLR0913 - what a run file says about its data
     section: DatasetSection,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_length: int | None = None,
+    count_all: bool = True,
     template: TemplateArguments = None,
     environment: EnvironmentSection | None = None,
     make_problems: Callable[..., list[Row]] | None = None,
@@ -124,7 +125,8 @@ def load_data(
     ``section`` are used.
 
     If a prompt has more than ``max_prompt_length`` tokens, its first tokens are removed. Special
-    tokens and the tokens of the chat template are counted too. ``template`` is
+    tokens and the tokens of the chat template are counted too. If ``count_all`` is False, the
+    tokens of prompts that are certainly short enough are not counted. ``template`` is
     ``grpo.chat_template_kwargs``.
 
     Raises:
@@ -138,11 +140,11 @@ def load_data(
             section,
             environment,
             make_problems,
-            TokenizeOptions(tokenizer, max_prompt_length, template),
+            TokenizeOptions(tokenizer, max_prompt_length, template, count_all),
         )
     if section.path is None:
         raise ConfigError(NO_DATA, where="dataset.path")
-    options = TokenizeOptions(tokenizer, max_prompt_length, template)
+    options = TokenizeOptions(tokenizer, max_prompt_length, template, count_all)
     with _prefix_error_location("dataset.path"):
         source = (section.path, section.split, section.limit)
         train, train_report = _load_split(section, options, source)
@@ -207,12 +209,14 @@ def _prefix_error_location(key: str) -> Iterator[None]:
 
 class TokenizeOptions(NamedTuple):
     """What is needed to convert prompts to tokens: the tokenizer, the limit in tokens, and the
-    arguments of the chat template.
+    arguments of the chat template. ``count_all`` says whether the tokens of short prompts are
+    counted too.
     """
 
     tokenizer: Any
     max_prompt_length: int | None
     template: TemplateArguments
+    count_all: bool
 
 
 def _load_split(
@@ -308,19 +312,25 @@ def _truncate_prompts(
 
     - the prompts, each with at most ``max_prompt_length`` tokens,
     - the number of prompts that were shortened,
-    - the number of tokens of the longest prompt before it was shortened, or None without a limit.
+    - the number of tokens of the longest prompt before it was shortened. None if the tokens were
+      not counted.
     """
-    tokenizer, limit, template = options
+    tokenizer, limit, template, count_all = options
     if limit is None:
         return prompts, 0, None
-    lengths = [prompt_format.count_tokens(tokenizer, prompt, template) for prompt in prompts]
+    lengths = [
+        prompt_format.count_tokens(tokenizer, prompt, template)
+        if count_all or prompt_format.may_be_longer(prompt, limit)
+        else 0
+        for prompt in prompts
+    ]
     truncated = [
         prompt_format.truncate_prompt(tokenizer, prompt, limit, template)
         if length > limit
         else prompt
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    return truncated, sum(length > limit for length in lengths), max(lengths)
+    return truncated, sum(length > limit for length in lengths), max(lengths) or None
 
 
 def _build_table(

@@ -8,6 +8,7 @@ an empty line are put before the prompt.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from toolkit.base.errors import ConfigError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 TemplateArguments: TypeAlias = "Mapping[str, Any] | None"
 Prompt = str | list[dict[str, Any]]
+TEMPLATE_TOKENS = 200
+"""More than the number of tokens that a chat template adds for a message."""
 SAMPLED_PROMPTS = 64
 """The number of prompts in which unknown tokens are counted."""
 WARN_UNKNOWN_SHARE = 0.05
@@ -157,6 +160,15 @@ def count_tokens(
     trainer.
     """
     return len(token_ids([prompt], tokenizer, template)[0])
+
+
+def may_be_longer(prompt: Prompt, limit: int) -> bool:
+    """Whether ``prompt`` may have more than ``limit`` tokens, according to the size of its text. A
+    token has at least one byte. Each message of a chat may have ``TEMPLATE_TOKENS`` more tokens.
+    """
+    messages = prompt if isinstance(prompt, list) else [{"content": prompt}]
+    texts = json.dumps(messages, ensure_ascii=False)
+    return len(texts.encode(errors="replace")) + TEMPLATE_TOKENS * (len(messages) + 1) > limit
 
 
 def truncate_prompt(
