@@ -71,7 +71,8 @@ def fix_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
         ConfigError: there is neither an end token nor a token for padding.
     """
     tokenizer.padding_side = "left"
-    rows = model.get_input_embeddings().weight.shape[0]
+    # With tensor parallelism, a process has only a part of the embedding's rows.
+    rows = model.config.get_text_config().vocab_size
     end_token_ids = end_ids(tokenizer, model)
     if tokenizer.eos_token_id is None and end_token_ids:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(min(end_token_ids))

@@ -8,16 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from toolkit.base.errors import ConfigError, InputError
 from toolkit.policy.tokenizer import end_ids, fix_tokenizer, load_tokenizer
 
 
 def _fake_model(*ends: int, rows: int = 100) -> Any:
+    text_config = SimpleNamespace(vocab_size=rows)
     return SimpleNamespace(
-        get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(rows, 1)),
-        config=SimpleNamespace(pad_token_id=None),
+        config=SimpleNamespace(pad_token_id=None, get_text_config=lambda: text_config),
         generation_config=SimpleNamespace(eos_token_id=list(ends) or None, pad_token_id=None),
     )
 
