@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from toolkit.train.trainer import GRPOConfig, GRPOTrainer
 
+from toolkit.base.garbage_collection import collector_paused
 from toolkit.base.version import __version__
 
 __all__ = [
@@ -78,7 +79,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415 - imported on first use, so that the import of the package stays fast
 
-    from toolkit.base.garbage_collection import collector_paused  # noqa: PLC0415 - as above
     from toolkit.train.logging_setup import hide_false_vllm_errors  # noqa: PLC0415 - as above
 
     hide_false_vllm_errors()

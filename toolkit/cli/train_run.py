@@ -14,6 +14,7 @@ import click
 
 from toolkit.base import process_environment
 from toolkit.base.errors import ToolkitError
+from toolkit.base.garbage_collection import collector_paused
 from toolkit.cli.exit_codes import debug_requested
 
 if TYPE_CHECKING:
@@ -163,7 +164,6 @@ def _train(
     prepare_environment()
     _read_weights_ahead(config)
     from toolkit.base.defect import set_run_context  # noqa: PLC0415
-    from toolkit.base.garbage_collection import collector_paused  # noqa: PLC0415
 
     with collector_paused():
         from toolkit.train.checkpointing.run_directory import as_mapping  # noqa: PLC0415

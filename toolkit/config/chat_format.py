@@ -31,6 +31,10 @@ NO_TEMPLATE_FIX = "set dataset.chat: false, or use a model with a chat template 
 NOT_CHATS = "column {column} contains lists of chat messages, but dataset.chat is false"
 NOT_CHATS_FIX = "set dataset.chat: auto, or name a column of plain text in dataset.prompt"
 CHATS_WITHOUT_TEMPLATE = "column {column} contains chats, but the tokenizer has no chat template"
+UNREADABLE_TOOL_CALLS_FIX = (
+    "use a model with a chat template whose tool calls TRL can read, such as Qwen3, or set "
+    "response_template in the model's tokenizer_config.json, or remove the tools section"
+)
 CHATS_WITHOUT_TEMPLATE_FIX = (
     "use plain text prompts, or use a model with a chat template (an instruct model)"
 )

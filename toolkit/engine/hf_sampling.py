@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from toolkit.base.errors import ConfigValueError, first_line
-from toolkit.config.sampling_keywords import KEYWORDS, Effect
+from toolkit.config.sampling_keywords import KEYWORDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -41,10 +41,11 @@ _KEPT_DEFAULTS = frozenset(
     {
         "use_cache", "cache_config", "max_cache_len", "prefill_chunk_size", "disable_compile",
         "compile_config", "continuous_batching_config",
+        "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id",
     }
 )  # fmt: skip
-"""The options of a checkpoint's generation config that change how completions are computed, but not
-which.
+"""The options that are taken from a checkpoint's generation config: how completions are computed,
+and the ids of special tokens.
 """
 
 
@@ -313,12 +314,8 @@ def _without_checkpoint_defaults(model: PreTrainedModel) -> Iterator[None]:
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     original = base_model.generation_config
     without_defaults = copy.deepcopy(original)
-    for name, keyword in KEYWORDS["transformers"].items():
-        is_kept = keyword.effect is Effect.NONE and (
-            name in _KEPT_DEFAULTS or name.endswith("_token_id")
-        )
-        if not is_kept:
-            setattr(without_defaults, name, None)
+    for name in KEYWORDS["transformers"].keys() - _KEPT_DEFAULTS:
+        setattr(without_defaults, name, None)
     base_model.generation_config = without_defaults
     try:
         yield

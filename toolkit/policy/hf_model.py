@@ -155,9 +155,9 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
+    except (torch.OutOfMemoryError, MemoryError, ToolkitError):
+        raise
     except Exception as error:  # values in the model's files can cause any error in transformers
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError, ToolkitError)):
-            raise
         reason = first_line(error)
         if "ignore_mismatched_sizes" in reason:
             reason = "the shapes of its weights differ from those that config.json describes"

@@ -114,8 +114,8 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[i
 def _find_pad_token(
     tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int], rows: int
 ) -> str | None:
-    """Return a token for padding that ends no completion. ``rows`` is the number of rows of the
-    model's embedding. None if there is no such token.
+    """Return a token of the vocabulary that can be used for padding and does not end a completion.
+    If there is no such token, return None. ``rows`` is the number of rows of the model's embedding.
     """
     vocabulary = {name: index for name, index in tokenizer.get_vocab().items() if index < rows}
     for name in PAD_NAMES:

@@ -68,14 +68,30 @@ def refuse_too_few_prompts(
     needed = max(1, completions // group)
     if prompts >= needed:
         return
-    smaller = f", or a generation batch of at most {prompts * group} completions ({batch})"
+    fix = f"use at least {needed} prompts"
+    if prompts:
+        fix += f", or a generation batch of at most {prompts * group} completions ({batch})"
     raise ConfigError(
         f"the number of prompts is {prompts}, but one generation needs {needed} prompts, so no "
         f"step would run. A generation has {completions} completions{split}, and each prompt gets "
         f"{group} of them",
         where=where,
-        fix=f"use at least {needed} prompts{smaller if prompts else ''}",
+        fix=fix,
     )
+
+
+def check_prompt_count(config: Any, train_dataset: Any) -> None:
+    """Call ``refuse_too_few_prompts`` for ``config`` (a GRPOConfig) and a dataset. A dataset
+    without a length is accepted.
+    """
+    if hasattr(train_dataset, "__len__"):
+        refuse_too_few_prompts(
+            len(train_dataset),
+            config.generation_batch_size,
+            config.num_generations,
+            where="train_dataset",
+            batch="per_device_train_batch_size x gradient_accumulation_steps x processes",
+        )
 
 
 def _repeats_for_whole_groups(size: int, group: int) -> int:

@@ -239,9 +239,7 @@ def _make_trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
         raise ConfigError(
             first_line(error),
             where="tools",
-            fix="use a model with a chat template whose tool calls TRL can read, such as Qwen3, or "
-            "set response_template in the model's tokenizer_config.json, or remove the tools "
-            "section",
+            fix=chat_format.UNREADABLE_TOOL_CALLS_FIX,
         ) from error
 
 

@@ -133,14 +133,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             ConfigError: the dataset has fewer prompts than one generation needs.
             DefectError: the base weights changed.
         """
-        if hasattr(self.train_dataset, "__len__"):
-            legal_batches.refuse_too_few_prompts(
-                len(self.train_dataset),
-                self.args.generation_batch_size,
-                self.args.num_generations,
-                where="train_dataset",
-                batch="per_device_train_batch_size x gradient_accumulation_steps x processes",
-            )
+        legal_batches.check_prompt_count(self.args, self.train_dataset)
         self.clear_module_caches()
         base_check = None if self._sharded() else BaseCheck(self.model)
         output = super().train(*args, **kwargs)

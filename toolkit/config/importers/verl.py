@@ -159,15 +159,15 @@ def _set_dual_clipping(translation: Translation) -> None:
     ``1 + epsilon_high``, this has no effect, because the ratio is clipped there already.
     """
     key = f"{_ACTOR}.clip_ratio_c"
+    given = translation.find_entries(key)
     limit = translation.foreign_value(key, 3.0)
     epsilon = translation.foreign_value(f"{_ACTOR}.clip_ratio", 0.2)  # verl's default
     epsilon_high = translation.foreign_value(f"{_ACTOR}.clip_ratio_high", epsilon)
     if _is_number(limit) and _is_number(epsilon_high) and limit > 1 + epsilon_high:
-        given = translation.find_entries(key)
         why = key if given else "verl's default (clip_ratio_c)"
         translation.write("grpo.delta", float(limit), why)
         return
-    for entry in translation.find_entries(key).values():
+    for entry in given.values():
         translation.refuse(
             entry, "grpo.delta has the same effect only if it is a number above 1 + clip_ratio_high"
         )

@@ -123,13 +123,12 @@ def tools_exist(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(path, f"{name} must have the form module:function")
         else:
             violations = list(function_violations(run, path, module, function))
-            yield from violations or _description_violations(run, path, name)
+            yield from violations or _description_violations(run, path, module, function)
 
 
 def _description_violations(
-    run: Run, path: tuple[str | int, ...], name: str
+    run: Run, path: tuple[str | int, ...], module: str, function: str
 ) -> Iterator[RuleViolation]:
-    module, _, function = name.partition(":")
     missing = find_function(module, function, run.document.source.folder).missing_description
     if missing is not None:
         yield RuleViolation(

@@ -71,7 +71,7 @@ def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
     needed_rows = batch // group
     if rows >= needed_rows:
         return
-    is_limited = run.node(_LIMIT) is not None and rows == run.get(_LIMIT)
+    is_limited = not has_environment and run.node(_LIMIT) is not None and rows == run.get(_LIMIT)
     fixes = _row_fixes(run, rows, needed_rows, key_to_fix, is_limited=is_limited)
     if has_environment:
         key, fixes = _ENVIRONMENT_SIZE, (*fixes, run.set_fix(_ENVIRONMENT_SIZE, needed_rows))

@@ -98,8 +98,8 @@ def unscored_warning(row: Mapping[str, Any], last_failure: str | None) -> str:
 
 
 def _read_last_failure(path: Path) -> str | None:
-    """Return how a reward function failed last, according to the last row of bad_rewards.jsonl.
-    None if there is no such file.
+    """Return how a reward function failed last, according to the last row of the file ``path``
+    (bad_rewards.jsonl). If the file does not exist, return None.
     """
     if not path.is_file():
         return None
