@@ -53,10 +53,11 @@ import vllm.utils.torch_utils  # noqa: E402 - after Triton has a driver
 
 vllm.utils.torch_utils.PIN_MEMORY = False
 
-from toolkit.engine import lora_compile  # noqa: E402
+from toolkit.engine import lora_kernels  # noqa: E402
+from toolkit.engine.kernel_compile import compiled_together  # noqa: E402
 from toolkit.engine.lora_tables import LayerShape  # noqa: E402
 
-SHAPES = {LayerShape((512, 128, 128), 512, 16)}
+SHAPE, ANOTHER_SHAPE = LayerShape((512, 128, 128), 512, 16), LayerShape((64,), 72, 16)
 GRAPH_SIZES, MAX_TOKENS = (1, 2, 4, 8, 16, 24), 600
 OTHER_SIZES = (3, 5, 20, 32, 77, 112, 300, 304, 599, 600)
 
@@ -71,25 +72,34 @@ def record(*_: object, **facts: Any) -> None:
 
 triton.knobs.runtime.jit_post_compile_hook = record
 torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads a model
-sizes = lora_compile.batch_sizes(GRAPH_SIZES, MAX_TOKENS)
-lora_compile.compile_kernels(SHAPES, sizes, 1, torch.bfloat16)
-ahead = len(compiled)
-launchers_missing = len(set(needed_launchers) - set(launchers))
 
-shrink = lora_compile._CompilingCopy("lora_shrink_op", "_lora_shrink")
-expand = lora_compile._CompilingCopy("lora_expand_op", "_lora_expand")
-for shape in SHAPES:
-    for tokens in (*GRAPH_SIZES, *OTHER_SIZES):
-        lora_compile._call(shrink, expand, shape, tokens, 1, torch.bfloat16)
-later = compiled[ahead:]
-lora_compile._call(shrink, expand, LayerShape((64,), 72, 16), 16, 1, torch.bfloat16)
+
+def slots(shape: LayerShape, sizes: tuple[int, ...]) -> lora_kernels.LoraSlots:
+    return lora_kernels.LoraSlots(
+        shapes=frozenset({shape}), max_loras=1, dtype=torch.bfloat16, batch_sizes=sizes
+    )
+
+
+def compile_again(shape: LayerShape, sizes: tuple[int, ...]) -> list[str]:
+    """Return the names of the kernels that are compiled for these sizes now."""
+    before = len(compiled)
+    with compiled_together() as add_variant:
+        lora_kernels.call_for_all_layers(slots(shape, sizes), add_variant)
+    return compiled[before:]
+
+
+sizes = lora_kernels.sizes_with_all_variants(GRAPH_SIZES, MAX_TOKENS)
+lora_kernels.compile_lora_kernels(slots(SHAPE, sizes))
+ahead = list(compiled)
+launchers_missing = len(set(needed_launchers) - set(launchers))
+launchers_ahead = len(launchers)
 json.dump(
     {
-        "ahead": compiled[:ahead],
-        "later": later,
-        "launchers": len(launchers),
+        "ahead": ahead,
+        "later": compile_again(SHAPE, (*GRAPH_SIZES, *OTHER_SIZES)),
+        "launchers": launchers_ahead,
         "launchers_missing": launchers_missing,
-        "another_shape": compiled[ahead + len(later) :],
+        "another_shape": compile_again(ANOTHER_SHAPE, (16,)),
     },
     sys.stdout,
 )

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import engine_checkpoints
 import pytest
 
-from toolkit.engine import lora_compile
+from toolkit.engine import kernel_process, lora_compile, lora_kernels
+from toolkit.engine.checkpoint_slots import read_slots
 from toolkit.engine.lora_tables import LayerShape
 from toolkit.engine.vllm_internals import open_internals
 
@@ -55,16 +56,22 @@ def slot_shapes(engine: Engine) -> set[LayerShape]:
 def test_kernels_are_compiled_for_the_slots(
     family: str, tmp_path: Path, open_small: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[Any, ...]] = []
+    calls: list[lora_kernels.LoraSlots] = []
     monkeypatch.setattr(lora_compile, "device_type", lambda: "cuda")
-    monkeypatch.setattr(lora_compile, "compile_kernels", lambda *given: calls.append(given))
+    monkeypatch.setattr(lora_compile, "compile_lora_kernels", calls.append)
     with open_small(engine_checkpoints.make_checkpoint(tmp_path, family)) as engine:
-        ((shapes, sizes, max_loras, dtype),) = calls
-        assert shapes == slot_shapes(engine)
-        slots = open_internals(engine.llm).lora_manager.modules.values()
-        a = next(layer.lora_a_stacked[0] for layer in slots if hasattr(layer, "lora_a_stacked"))
-        assert (max_loras, dtype) == (a.shape[0], a.dtype)
-        assert max(sizes) == 512
+        (slots,) = calls
+        assert slots.shapes == slot_shapes(engine)
+        layers = open_internals(engine.llm).lora_manager.modules.values()
+        a = next(layer.lora_a_stacked[0] for layer in layers if hasattr(layer, "lora_a_stacked"))
+        assert (slots.max_loras, slots.dtype) == (a.shape[0], a.dtype)
+        assert max(slots.batch_sizes) == 512
+        # The second process knows only the checkpoint and the options.
+        job = kernel_process.KernelJob.from_options(engine.options)
+        assert job is not None
+        expected = read_slots(job)
+        assert expected.shapes == slots.shapes
+        assert expected.max_loras == slots.max_loras
 
 
 def run_worker(cache: Path) -> dict[str, Any]:
@@ -92,10 +99,10 @@ def test_no_variant_is_left_for_the_first_launch(tmp_path: Path) -> None:
 
 
 def test_batch_sizes_have_both_divisibilities_and_end_at_the_largest_batch() -> None:
-    sizes = lora_compile.batch_sizes((1, 2, 48), 300)
+    sizes = lora_kernels.sizes_with_all_variants((1, 2, 48), 300)
     assert {1, 2, 48, 128, 129, 300} <= set(sizes)
     assert max(sizes) == 300
-    assert sizes == sorted(set(sizes))
+    assert list(sizes) == sorted(set(sizes))
 
 
 def test_nothing_is_compiled_without_lora_or_without_a_gpu(
@@ -104,7 +111,7 @@ def test_nothing_is_compiled_without_lora_or_without_a_gpu(
     def refuse(*_: object) -> None:
         raise AssertionError("must not be called")
 
-    monkeypatch.setattr(lora_compile, "compile_kernels", refuse)
+    monkeypatch.setattr(lora_compile, "compile_lora_kernels", refuse)
     with_lora: Any = SimpleNamespace(lora_config=SimpleNamespace())
     without_lora: Any = SimpleNamespace(lora_config=None)
     model: Any = None
@@ -114,8 +121,18 @@ def test_nothing_is_compiled_without_lora_or_without_a_gpu(
             pass
 
 
-def test_an_error_while_compiling_does_not_end_the_start() -> None:
-    def fail() -> None:
+def test_an_error_while_compiling_does_not_end_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def fail(slots: object) -> None:
+        calls.append(slots)
         raise RuntimeError("ptxas is missing")
 
-    lora_compile._run_on_device(None, fail)
+    monkeypatch.setattr(lora_compile, "device_type", lambda: "cuda")
+    monkeypatch.setattr(lora_compile, "lora_slots", lambda *_: "slots")
+    monkeypatch.setattr(lora_compile, "compile_lora_kernels", fail)
+    model: Any = None
+    config: Any = SimpleNamespace(lora_config=SimpleNamespace())
+    with lora_compile.compiled_lora_kernels(model, config):
+        pass
+    assert calls == ["slots"]

@@ -1,11 +1,12 @@
-"""LoRA kernels on a GPU: vLLM reads the table that the toolkit tuned, and a start compiles the
-kernels in other threads.
+"""LoRA kernels on a GPU: vLLM reads the table that the toolkit tuned. A start compiles the kernels
+in other threads, or finds the kernels that a second process has compiled.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -56,19 +57,60 @@ def test_a_tuned_table_is_used_by_vllm(tmp_path: Path, monkeypatch: pytest.Monke
     assert upstream.get_lora_op_configs("shrink", 2, 8, 512, 16, 2) is not None
 
 
-def test_no_lora_kernel_is_compiled_at_its_first_launch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The start and the rollouts launch only variants that the thread of ``lora_compile`` has
-    compiled. The launchers (C functions) are also compiled before.
-    """
+def small_options(folder: Path) -> Any:
+    """The options of an engine with a small random model, which is written to ``folder``."""
     import engine_checkpoints
 
     from toolkit.engine.engine_options import EngineOptions
+
+    checkpoint = engine_checkpoints.make_checkpoint(
+        folder, "llama", hidden_size=512, intermediate_size=1024, head_dim=64
+    )
+    return EngineOptions(
+        model=str(checkpoint),
+        max_model_len=256,
+        dtype="bfloat16",
+        gpu_memory_utilization=0.2,
+        max_num_seqs=16,
+    )
+
+
+def record_c_compilations(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """Return a list that grows when this process runs a C compiler for Triton. Each item has the
+    names of the functions on the stack.
+    """
+    from triton.runtime import build
+
+    compilations: list[set[str]] = []
+    run_c_compiler = build._build
+
+    def record(*arguments: Any) -> str:
+        compilations.append({frame.name for frame in traceback.extract_stack()})
+        return run_c_compiler(*arguments)
+
+    monkeypatch.setattr(build, "_build", record)
+    return compilations
+
+
+def start_and_generate(options: Any) -> None:
     from toolkit.engine.open_engine import open_engine
     from toolkit.engine.rollout_request import Sampling
 
+    with open_engine(options) as engine:
+        for length in (5, 16, 37, 200):
+            engine.generate([list(range(3, 3 + length))], Sampling(n=3, max_tokens=4), seed=1)
+
+
+def test_no_lora_kernel_is_compiled_at_its_first_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the second process, the start and the rollouts launch only variants that the thread
+    of ``lora_compile`` has compiled. The launchers (C functions) are also compiled before.
+    """
+    from toolkit.engine import kernel_process
+
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv(kernel_process.SWITCH_VARIABLE, "off")
     from triton import knobs
 
     compiled: list[tuple[str, str]] = []  # the kernel and the thread
@@ -77,31 +119,37 @@ def test_no_lora_kernel_is_compiled_at_its_first_launch(
         compiled.append((facts["fn"].name, threading.current_thread().name))
 
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", record)
-    from triton.runtime import build
-
-    c_compilations: list[set[str]] = []  # the functions on the stack
-    run_c_compiler = build._build
-
-    def record_c_compilation(*arguments: Any) -> str:
-        c_compilations.append({frame.name for frame in traceback.extract_stack()})
-        return run_c_compiler(*arguments)
-
-    monkeypatch.setattr(build, "_build", record_c_compilation)
-    folder = engine_checkpoints.make_checkpoint(
-        tmp_path / "model", "llama", hidden_size=512, intermediate_size=1024, head_dim=64
-    )
-    options = EngineOptions(
-        model=str(folder),
-        max_model_len=256,
-        dtype="bfloat16",
-        gpu_memory_utilization=0.2,
-        max_num_seqs=16,
-    )
-    with open_engine(options) as engine:
-        for length in (5, 16, 37, 200):
-            engine.generate([list(range(3, 3 + length))], Sampling(n=3, max_tokens=4), seed=1)
+    c_compilations = record_c_compilations(monkeypatch)
+    start_and_generate(small_options(tmp_path / "model"))
     threads = {thread for name, thread in compiled if "_lora_shrink_kernel" in name}
     threads |= {thread for name, thread in compiled if "_lora_expand_kernel" in name}
     assert threads == {"lora-compile"}
     assert any("_build_launcher" in names for names in c_compilations)
     assert not any(names & {"_lora_shrink", "_lora_expand"} for names in c_compilations)
+
+
+def test_a_start_finds_the_kernels_of_the_second_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start with an empty cache runs a C compiler about 25 times. Here the second process has run
+    it before. It has not used the GPU.
+    """
+    from toolkit.engine import kernel_process
+    from toolkit.engine.open_engine import prepare_environment
+
+    prepare_environment()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    options = small_options(tmp_path / "model")
+    free_before, _ = torch.cuda.mem_get_info()
+    least_free = free_before
+    kernel_process.send_job(options)
+    process = kernel_process._process
+    assert process is not None
+    while process.poll() is None:
+        least_free = min(least_free, torch.cuda.mem_get_info()[0])
+        time.sleep(0.05)
+    assert process.returncode == 0
+    assert free_before - least_free < 64 << 20
+    c_compilations = record_c_compilations(monkeypatch)
+    start_and_generate(options)
+    assert len(c_compilations) <= 2, c_compilations

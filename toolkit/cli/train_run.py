@@ -162,6 +162,10 @@ def _train(
     from toolkit.train.logging_setup import prepare_environment  # noqa: PLC0415
 
     prepare_environment()
+    if config.runtime.engine != "transformers" and config.model.fast_inference is not False:
+        from toolkit.engine import kernel_process  # noqa: PLC0415
+
+        kernel_process.start()
     _read_weights_ahead(config)
     from toolkit.base.defect import set_run_context  # noqa: PLC0415
 

@@ -26,13 +26,13 @@ from vllm.lora.ops.triton_ops import utils as upstream
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 
 from toolkit.base.errors import NodeError
+from toolkit.engine.lora_kernels import clear_pointer_cache
 from toolkit.engine.lora_tables import (
     FOLDER_VARIABLE,
     PREFILL_BATCH_SIZES,
     TUNED_BATCH_SIZES,
     LayerShape,
 )
-from toolkit.engine.vllm_internals import clear_pointer_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -8,7 +8,6 @@ changed one of them, the test names it.
 from __future__ import annotations
 
 import gc
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
 from toolkit.base.errors import DefectError, UnsupportedError
+from toolkit.engine.lora_kernels import clear_pointer_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,20 +149,6 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     if parallel_state._WORLD is not None:  # vLLM's group, which is not the trainer's
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
-
-
-def clear_pointer_cache() -> None:
-    """Clear the LoRA kernels' cache of weight addresses.
-
-    The kernels cache addresses, strides and offsets for the whole process, and look them up by the
-    address of the first byte (``lora/ops/triton_ops/utils.py``, 0.25.1 and 0.31.0). Another engine
-    may have tensors of other shapes at the same address, so the cached values would be wrong.
-    """
-    # The module is not imported here. If it is not loaded, no kernel has run and no cache exists.
-    kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")
-    if kernels is not None:
-        kernels._LORA_A_PTR_DICT.clear()
-        kernels._LORA_B_PTR_DICT.clear()
 
 
 def reset_graph_pool() -> None:

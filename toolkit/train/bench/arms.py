@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import first_line
+from toolkit.engine import kernel_process
 from toolkit.train.bench.arm_settings import TARGET_MODULES, Result, Settings
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
     # CUDA toolkit.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     start = time.perf_counter()
+    if arm == "ours":
+        kernel_process.start()  # as `toolkit train` does
     start_timer = None
     if settings.profile and arm == "ours":
         from toolkit.train.bench.start_times import StartTimer  # noqa: PLC0415

@@ -1,0 +1,217 @@
+"""A second process compiles the kernels of a run while this process imports its libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import engine_checkpoints
+import pytest
+
+from toolkit.config.engine_settings import graph_sizes
+from toolkit.engine import kernel_process, kernel_records, kernel_worker
+from toolkit.engine.engine_options import EngineOptions
+from toolkit.engine.kernel_process import KernelJob
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.engine
+
+PROGRAM = Path(__file__).with_name("kernel_worker_program.py")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return engine_checkpoints.make_checkpoint(tmp_path / "model", "llama")
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget a process that another test has started."""
+    monkeypatch.setattr(kernel_process, "_process", None)
+
+
+def job_for(checkpoint: Path, **options: Any) -> KernelJob:
+    job = KernelJob.from_options(EngineOptions(model=str(checkpoint), **options))
+    assert job is not None
+    return job
+
+
+def test_the_job_has_the_sizes_of_the_engine(checkpoint: Path) -> None:
+    job = job_for(checkpoint, max_lora_rank=32, max_num_seqs=20, max_num_batched_tokens=4096)
+    assert (job.folder, job.lora_rank, job.max_tokens) == (str(checkpoint), 32, 4096)
+    assert job.graph_sizes == graph_sizes(20, 4096)
+    assert job.target_modules is not None
+    assert "q_proj" in job.target_modules
+    assert job_for(checkpoint, enable_lora=False).lora_rank is None
+    assert KernelJob.from_options(EngineOptions(model="nobody/not-on-this-machine")) is None
+
+
+def run_worker(job: KernelJob, cache: Path) -> tuple[list[str], bytes]:
+    """Return the names of the kernels that the worker compiled, and what it wrote to stdout."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "VLLM_LOGGING_LEVEL": "INFO"}
+    with subprocess.Popen(
+        [sys.executable, str(PROGRAM)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        env=environment,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+        output, errors = process.stdout.read(), process.stderr.read()
+        assert process.wait(120) == 0, errors[-3000:].decode()
+    names: list[str] = json.loads(errors.splitlines()[-1])
+    return names, output
+
+
+@pytest.mark.thorough
+def test_the_process_compiles_the_kernels_once(checkpoint: Path, tmp_path: Path) -> None:
+    job = job_for(checkpoint, max_lora_rank=16, max_num_seqs=4, max_num_batched_tokens=64)
+    names, output = run_worker(job, tmp_path / "cache")
+    counts = Counter(names)
+    assert counts["_lora_shrink_kernel"] >= 2
+    assert counts["_lora_expand_kernel"] >= 2
+    # Nothing else may be on stdout: the other process waits for this line.
+    assert output == kernel_worker.ANSWER
+    # A second start finds that Triton's cache is complete. A start with other sizes does not.
+    assert run_worker(job, tmp_path / "cache") == ([], b"")
+    assert run_worker(replace(job, lora_rank=64), tmp_path / "cache")[0]
+
+
+def recorded(name: str) -> dict[str, Any]:
+    records = json.loads((kernel_records.SHIPPED_RECORDS / "vllm-0.25.1.json").read_text())
+    record: dict[str, Any] = next(record for record in records if record["kernel"] == name)
+    return record
+
+
+def test_the_sizes_of_a_model_are_filled_in(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    sizes = kernel_records.read_sizes(checkpoint)
+    variant = recorded("_swiglu_forward_kernel")["variant"]
+    filled = kernel_records.fill_sizes(variant, sizes | {"intermediate_size": 14336})
+    assert filled["constant_vals"] == [14336, 16384]
+    assert filled["options"]["num_warps"] == 16
+    assert filled["signature"] == variant["signature"]
+    assert sizes["intermediate_size"] == config["intermediate_size"]
+    with pytest.raises(KeyError):
+        kernel_records.fill_sizes(variant, {})
+
+
+def test_head_sizes_that_the_config_leaves_out_are_computed(tmp_path: Path) -> None:
+    text = {"hidden_size": 96, "num_attention_heads": 6}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
+    assert kernel_records.read_sizes(tmp_path) == {
+        **text,
+        "num_key_value_heads": 6,
+        "head_dim": 16,
+    }
+
+
+@pytest.mark.usefixtures("no_process")
+def test_no_process_is_started_without_a_gpu(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_process, "DEVICE_FILES", ())
+    kernel_process.send_job(EngineOptions(model=str(checkpoint)))
+    assert kernel_process._process is None
+    kernel_process.wait_for_lora_kernels()
+
+
+@pytest.mark.usefixtures("no_process")
+def test_a_process_that_ends_early_does_not_stop_the_start(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, open_small: Callable[..., Any]
+) -> None:
+    """On this machine the second process finds no GPU and ends."""
+    monkeypatch.setattr(kernel_process, "_can_help", lambda: True)
+    kernel_process.start()
+    first = kernel_process._process
+    assert first is not None
+    kernel_process.start()
+    assert kernel_process._process is first
+    assert first.wait(60) == 0
+    with open_small(checkpoint) as engine:
+        # The next engine of this process starts a new process.
+        second = kernel_process._process
+        assert second is not None
+        assert second is not first
+        kernel_process.wait_for_lora_kernels()
+        assert second.wait(60) == 0
+        kernel_process.wait_for_lora_kernels()
+        assert engine.options.model == str(checkpoint)
+    monkeypatch.setattr(kernel_process, "_can_help", lambda: False)
+    kernel_process.start()
+    assert kernel_process._process is None
+
+
+@pytest.mark.usefixtures("no_process")
+def test_a_process_that_does_not_answer_does_not_stop_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel_process, "MAX_WAIT_S", 0.2)
+    program = "import sys; sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as process:
+        monkeypatch.setattr(kernel_process, "_process", process)
+        kernel_process.wait_for_lora_kernels()
+        assert process.poll() is None
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.mark.usefixtures("no_process")
+def test_the_conditions_for_a_second_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_process, "DEVICE_FILES", (str(tmp_path),))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert kernel_process._can_help()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not kernel_process._can_help()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv(kernel_process.SWITCH_VARIABLE, "off")
+    assert not kernel_process._can_help()
+    monkeypatch.delenv(kernel_process.SWITCH_VARIABLE)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert not kernel_process._can_help()
+
+
+@pytest.mark.usefixtures("no_process")
+def test_no_job_is_sent_for_a_split_engine(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_process, "_can_help", lambda: True)
+    kernel_process.send_job(EngineOptions(model=str(checkpoint), tensor_parallel_size=2))
+    assert kernel_process._process is None
+
+
+def test_the_process_ends_with_the_one_that_started_it() -> None:
+    program = (
+        "import queue, threading\n"
+        "from toolkit.engine import kernel_worker\n"
+        "jobs = queue.SimpleQueue()\n"
+        "threading.Thread(target=kernel_worker._read_jobs, args=(jobs,), daemon=True).start()\n"
+        "print(jobs.get(), flush=True)\n"
+        "threading.Event().wait()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdin.write(b"a job\n")
+        assert process.stdout.readline() == b"a job\n"
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(30) == 0
