@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Any
 import engine_checkpoints
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
+
+import cases
+
 from toolkit.config.engine_settings import graph_sizes
 from toolkit.engine import kernel_process, kernel_records, kernel_worker
 from toolkit.engine.engine_options import EngineOptions
 from toolkit.engine.kernel_process import KernelJob
+from toolkit.gpu.reading import Reading
+from toolkit.gpu.snapshot_json import node_from_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,11 +88,32 @@ def test_the_process_compiles_the_kernels_once(checkpoint: Path, tmp_path: Path)
     counts = Counter(names)
     assert counts["_lora_shrink_kernel"] >= 2
     assert counts["_lora_expand_kernel"] >= 2
+    # Of the recorded list: two kernels of TRL's loss. The LoRA kernels need the job, they do not.
+    assert {"_forward_kernel", "_backward_kernel"} <= set(names)
+    assert names.index("_forward_kernel") < names.index("_lora_shrink_kernel")
     # Nothing else may be on stdout: the other process waits for this line.
     assert output == kernel_worker.ANSWER
     # A second start finds that Triton's cache is complete. A start with other sizes does not.
     assert run_worker(job, tmp_path / "cache") == ([], b"")
     assert run_worker(replace(job, lora_rank=64), tmp_path / "cache")[0]
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "cpu_limit", "expected"),
+    [
+        ("h100x8-healthy", None, ("NVIDIA H100 80GB HBM3", (9, 0))),
+        ("h100x8-healthy", 16.0, ("NVIDIA H100 80GB HBM3", (9, 0))),
+        ("h100x8-healthy", 2.0, None),
+        ("cpu", None, None),
+    ],
+)
+def test_the_process_compiles_for_the_first_gpu_if_it_has_enough_cpu_time(
+    snapshot: str, cpu_limit: float | None, expected: object
+) -> None:
+    node = node_from_json(cases.load(snapshot).node)
+    cgroup = Reading({"cpu_limit": cpu_limit})
+    node = replace(node, host=replace(node.host, cgroup=cgroup))
+    assert kernel_worker.find_target(node) == expected
 
 
 def recorded(name: str) -> dict[str, Any]:

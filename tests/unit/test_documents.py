@@ -80,7 +80,7 @@ def unknown_options(text: str) -> list[str]:
         known = {"--help", "--debug"}
         for parameter in command.params:
             known |= {*parameter.opts, *parameter.secondary_opts}
-        options = re.findall(r"(?<!\S)--[a-z][a-z-]+", arguments)
+        options = re.findall(r"(?<!\S)--[a-z][a-z0-9-]+", arguments)
         unknown += [f"{program} {name} {option}" for option in options if option not in known]
     return unknown
 

@@ -17,13 +17,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.engine.kernel_process import KernelJob
+from toolkit.engine.kernel_process import MIN_CORES, KernelJob
 from toolkit.engine.lora_tables import FOLDER_VARIABLE, find_table, use_table
 from toolkit.gpu.devices import select_device
 from toolkit.gpu.snapshot import take_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from toolkit.gpu.snapshot import NodeSnapshot
 
 NICENESS = 5
 """The process that trains comes first."""
@@ -39,12 +41,25 @@ def main() -> None:
     os.dup2(2, 1)  # libraries print to stderr, so that stdout has only the answer
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
-    gpu = select_device(take_snapshot())
-    if gpu is not None and gpu.capability is not None and gpu.name.value:
-        worker = Worker(gpu.name.value, gpu.capability)
+    target = find_target(take_snapshot())
+    if target is not None:
+        worker = Worker(*target)
         worker.compile_common_kernels()
         with suppress(queue.Empty):
             worker.compile_kernels_for(jobs.get(timeout=MAX_WAIT_S), answers)
+
+
+def find_target(node: NodeSnapshot) -> tuple[str, tuple[int, int]] | None:
+    """Return the name and the compute capability of the GPU to compile for. Return None if CUDA
+    sees no GPU, or if the container may not use enough CPU time.
+    """
+    cpu_limit = (node.host.cgroup.value or {}).get("cpu_limit")
+    gpu = select_device(node)
+    if gpu is None or gpu.capability is None or not gpu.name.value:
+        return None
+    if cpu_limit is not None and cpu_limit < MIN_CORES:
+        return None
+    return gpu.name.value, gpu.capability
 
 
 def _read_jobs(jobs: queue.SimpleQueue[str]) -> None:
