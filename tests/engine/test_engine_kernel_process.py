@@ -9,27 +9,28 @@ import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import engine_checkpoints
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 
 import cases
 
 from toolkit.config.engine_settings import graph_sizes
-from toolkit.engine import kernel_process, kernel_records, kernel_worker
+from toolkit.engine import kernel_process, kernel_records, kernel_worker, lora_kernels
 from toolkit.engine.engine_options import EngineOptions
 from toolkit.engine.kernel_process import KernelJob
+from toolkit.engine.vllm_internals import open_internals
 from toolkit.gpu.reading import Reading
 from toolkit.gpu.snapshot_json import node_from_json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from toolkit.policy.language_model import FastLanguageModel
 
 pytestmark = pytest.mark.engine
 
+SHAPES = (((64, 32, 32), 64), ((128, 128), 64))
 PROGRAM = Path(__file__).with_name("kernel_worker_program.py")
 
 
@@ -45,19 +46,27 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job_for(checkpoint: Path, **options: Any) -> KernelJob:
-    job = KernelJob.from_options(EngineOptions(model=str(checkpoint), **options))
-    assert job is not None
-    return job
+    return KernelJob.from_options(EngineOptions(model=str(checkpoint), **options), SHAPES)
 
 
 def test_the_job_has_the_sizes_of_the_engine(checkpoint: Path) -> None:
     job = job_for(checkpoint, max_lora_rank=32, max_num_seqs=20, max_num_batched_tokens=4096)
-    assert (job.folder, job.lora_rank, job.max_tokens) == (str(checkpoint), 32, 4096)
+    assert (job.folder, job.rank, job.max_tokens) == (str(checkpoint), 32, 4096)
     assert job.graph_sizes == graph_sizes(20, 4096)
-    assert job.target_modules is not None
-    assert "q_proj" in job.target_modules
-    assert job_for(checkpoint, enable_lora=False).lora_rank is None
-    assert KernelJob.from_options(EngineOptions(model="nobody/not-on-this-machine")) is None
+    assert job.slot_shapes == sorted(SHAPES)
+    assert job_for(checkpoint, enable_lora=False).slot_shapes == []
+
+
+def test_the_dtype_of_the_slots_is_that_of_the_engine(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    for stored, option, expected in (
+        ("float32", "auto", torch.bfloat16),
+        ("float16", "auto", torch.float16),
+        ("float16", "bfloat16", torch.bfloat16),
+    ):
+        (checkpoint / "config.json").write_text(json.dumps(config | {"dtype": stored}))
+        job = job_for(checkpoint, dtype=option)
+        assert lora_kernels.slots_of_job(job).dtype == expected
 
 
 def run_worker(job: KernelJob, cache: Path) -> tuple[list[str], bytes]:
@@ -95,7 +104,7 @@ def test_the_process_compiles_the_kernels_once(checkpoint: Path, tmp_path: Path)
     assert output == kernel_worker.ANSWER
     # A second start finds that Triton's cache is complete. A start with other sizes does not.
     assert run_worker(job, tmp_path / "cache") == ([], b"")
-    assert run_worker(replace(job, lora_rank=64), tmp_path / "cache")[0]
+    assert run_worker(replace(job, rank=64), tmp_path / "cache")[0]
 
 
 @pytest.mark.parametrize(
@@ -145,19 +154,44 @@ def test_head_sizes_that_the_config_leaves_out_are_computed(tmp_path: Path) -> N
     }
 
 
+def test_loading_a_model_sends_the_shapes_of_its_slots(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[EngineOptions, Any]] = []
+    monkeypatch.setattr(kernel_process, "send_job", lambda *job: sent.append(job))
+    model, _ = FastLanguageModel.from_pretrained(
+        str(llama_folder),
+        max_seq_length=128,
+        load_in_4bit=False,
+        fast_inference=True,
+        max_num_seqs=8,
+        max_num_batched_tokens=512,
+        kv_cache_bytes=1 << 26,
+    )
+    with model.toolkit_engine as engine:
+        ((options, shapes),) = sent
+        assert options == engine.options
+        layers = open_internals(engine.llm).lora_manager.modules.values()
+        assert shapes == {
+            (tuple(b.shape[2] for b in layer.lora_b_stacked), layer.lora_a_stacked[0].shape[3])
+            for layer in layers
+            if hasattr(layer, "lora_a_stacked")
+        }
+
+
 @pytest.mark.usefixtures("no_process")
 def test_no_process_is_started_without_a_gpu(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_process, "DEVICE_FILES", ())
-    kernel_process.send_job(EngineOptions(model=str(checkpoint)))
+    kernel_process.send_job(EngineOptions(model=str(checkpoint)), SHAPES)
     assert kernel_process._process is None
     kernel_process.wait_for_lora_kernels()
 
 
 @pytest.mark.usefixtures("no_process")
 def test_a_process_that_ends_early_does_not_stop_the_start(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, open_small: Callable[..., Any]
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On this machine the second process finds no GPU and ends."""
     monkeypatch.setattr(kernel_process, "_can_help", lambda: True)
@@ -167,15 +201,14 @@ def test_a_process_that_ends_early_does_not_stop_the_start(
     kernel_process.start()
     assert kernel_process._process is first
     assert first.wait(60) == 0
-    with open_small(checkpoint) as engine:
-        # The next engine of this process starts a new process.
-        second = kernel_process._process
-        assert second is not None
-        assert second is not first
-        kernel_process.wait_for_lora_kernels()
-        assert second.wait(60) == 0
-        kernel_process.wait_for_lora_kernels()
-        assert engine.options.model == str(checkpoint)
+    # For the next engine of this process, a new process is started.
+    kernel_process.send_job(EngineOptions(model=str(checkpoint)), SHAPES)
+    second = kernel_process._process
+    assert second is not None
+    assert second is not first
+    kernel_process.wait_for_lora_kernels()
+    assert second.wait(60) == 0
+    kernel_process.wait_for_lora_kernels()
     monkeypatch.setattr(kernel_process, "_can_help", lambda: False)
     kernel_process.start()
     assert kernel_process._process is None
@@ -219,7 +252,7 @@ def test_no_job_is_sent_for_a_split_engine(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_process, "_can_help", lambda: True)
-    kernel_process.send_job(EngineOptions(model=str(checkpoint), tensor_parallel_size=2))
+    kernel_process.send_job(EngineOptions(model=str(checkpoint), tensor_parallel_size=2), SHAPES)
     assert kernel_process._process is None
 
 

@@ -17,9 +17,9 @@ import engine_checkpoints
 import pytest
 
 from toolkit.engine import kernel_process, lora_compile, lora_kernels
-from toolkit.engine.checkpoint_slots import read_slots
 from toolkit.engine.lora_tables import LayerShape
 from toolkit.engine.vllm_internals import open_internals
+from toolkit.sizing import fused_shapes, read_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,9 +67,9 @@ def test_kernels_are_compiled_for_the_slots(
         assert (slots.max_loras, slots.dtype) == (a.shape[0], a.dtype)
         assert max(slots.batch_sizes) == 512
         # The second process knows only the checkpoint and the options.
-        job = kernel_process.KernelJob.from_options(engine.options)
-        assert job is not None
-        expected = read_slots(job)
+        shapes = fused_shapes(read_spec(engine.options.model))
+        job = kernel_process.KernelJob.from_options(engine.options, shapes)
+        expected = lora_kernels.slots_of_job(job)
         assert expected.shapes == slots.shapes
         assert expected.max_loras == slots.max_loras
 

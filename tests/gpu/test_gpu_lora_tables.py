@@ -136,13 +136,14 @@ def test_a_start_finds_the_kernels_of_the_second_process(
     """
     from toolkit.engine import kernel_process
     from toolkit.engine.open_engine import prepare_environment
+    from toolkit.sizing import fused_shapes, read_spec
 
     prepare_environment()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     options = small_options(tmp_path / "model")
     free_before, _ = torch.cuda.mem_get_info()
     least_free = free_before
-    kernel_process.send_job(options)
+    kernel_process.send_job(options, fused_shapes(read_spec(options.model)))
     process = kernel_process._process
     assert process is not None
     while process.poll() is None:

@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.hub_cache import cached_model
 from toolkit.base.process_environment import local_rank
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from toolkit.engine.engine_options import EngineOptions
 
 SWITCH_VARIABLE = "TOOLKIT_KERNEL_PROCESS"
@@ -43,37 +44,33 @@ _process: subprocess.Popen[bytes] | None = None
 
 @dataclass(frozen=True, kw_only=True)
 class KernelJob:
-    """What the second process needs to know. ``folder`` has the checkpoint. ``target_modules`` are
-    the layers with LoRA slots (None: all), ``lora_rank`` is the rank of the slots (None: no LoRA),
-    and ``dtype`` is the dtype of the model ("auto": as in the checkpoint). ``graph_sizes`` and
-    ``max_tokens`` are batch sizes in tokens.
+    """What the second process needs to know. ``folder`` has the checkpoint. ``slot_shapes`` are the
+    shapes of the layers with LoRA slots: the number of rows of each slice, and the number of
+    columns. ``rank`` is the rank of the slots, and ``dtype`` is the dtype of the model ("auto": as
+    in the checkpoint). ``graph_sizes`` and ``max_tokens`` are batch sizes in tokens.
     """
 
     folder: str
-    lora_rank: int | None
+    slot_shapes: list[tuple[tuple[int, ...], int]]
+    rank: int
     max_loras: int
-    target_modules: list[str] | None
     dtype: str
     graph_sizes: list[int]
     max_tokens: int
 
     @classmethod
-    def from_options(cls, options: EngineOptions) -> KernelJob | None:
-        """Return the job for an engine. Return None if the checkpoint is not on this machine."""
-        folder = Path(options.model)
-        if not folder.is_dir():
-            cached = cached_model(options.model, options.revision, os.environ)
-            if cached is None:
-                return None
-            folder = cached
+    def from_options(
+        cls, options: EngineOptions, slot_shapes: Iterable[tuple[tuple[int, ...], int]]
+    ) -> KernelJob:
+        """Return the job for an engine with ``options``, whose model is a folder."""
         arguments = options.to_vllm("cuda")
         graphs: Any = arguments.get("compilation_config")
         sizes = graphs.get("cudagraph_capture_sizes") if isinstance(graphs, dict) else None
         return cls(
-            folder=str(folder.resolve()),
-            lora_rank=arguments.get("max_lora_rank") if options.enable_lora else None,
+            folder=str(Path(options.model).resolve()),
+            slot_shapes=sorted(slot_shapes) if options.enable_lora else [],
+            rank=options.max_lora_rank,
             max_loras=arguments.get("max_loras", 1),
-            target_modules=arguments.get("lora_target_modules"),
             dtype=options.dtype,
             graph_sizes=list(sizes or ()),
             max_tokens=arguments.get("max_num_batched_tokens", DEFAULT_MAX_TOKENS),
@@ -106,20 +103,20 @@ def start() -> None:
         )
 
 
-def send_job(options: EngineOptions) -> None:
-    """Let the second process compile the kernels for an engine with ``options``. If no second
-    process is running, start one.
+def send_job(options: EngineOptions, slot_shapes: Iterable[tuple[tuple[int, ...], int]]) -> None:
+    """Let the second process compile the kernels for an engine with ``options``. ``slot_shapes``
+    are the shapes of the layers with LoRA slots: the number of rows of each slice, and the number
+    of columns. If no second process is running, start one.
 
-    Each process of a tensor parallel engine has its own shapes of kernels, and the second process
-    knows only the shapes of the checkpoint. So this does nothing for such an engine.
+    With tensor parallelism, the layers of an engine have other shapes, so this does nothing.
     """
-    job = KernelJob.from_options(options) if options.tensor_parallel_size == 1 else None
-    if job is None:
+    if options.tensor_parallel_size != 1:
         return
     start()
     if _process is not None and _process.stdin is not None and not _process.stdin.closed:
+        job = json.dumps(asdict(KernelJob.from_options(options, slot_shapes)))
         with suppress(OSError):  # the second process has ended
-            _process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+            _process.stdin.write(job.encode() + b"\n")
 
 
 def wait_for_lora_kernels() -> None:

@@ -97,12 +97,11 @@ class Worker:
         if done.exists():
             return
         job = KernelJob(**json.loads(job_text))
-        if job.lora_rank is not None:
+        if job.slot_shapes:
             self._prepare()
-            from toolkit.engine.checkpoint_slots import read_slots  # noqa: PLC0415 - imports torch
-            from toolkit.engine.lora_kernels import compile_lora_kernels  # noqa: PLC0415
+            from toolkit.engine import lora_kernels  # noqa: PLC0415 - imports torch
 
-            compile_lora_kernels(read_slots(job))
+            lora_kernels.compile_lora_kernels(lora_kernels.slots_of_job(job))
         os.write(answers, ANSWER)
         from toolkit.engine.kernel_records import read_sizes  # noqa: PLC0415 - imports triton
 

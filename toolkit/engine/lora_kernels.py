@@ -15,14 +15,18 @@ import types
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from toolkit.base.files import read_json
 from toolkit.engine.lora_tables import PREFILL_BATCH_SIZES, TUNED_BATCH_SIZES, LayerShape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from toolkit.engine.kernel_process import KernelJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,26 @@ class LoraSlots:
     max_loras: int
     dtype: torch.dtype
     batch_sizes: tuple[int, ...]
+
+
+def slots_of_job(job: KernelJob) -> LoraSlots:
+    """Return what decides about the variants for the engine of ``job``. Raises InputError if the
+    model's config.json cannot be read.
+
+    The slots have the dtype of the engine's model. If the checkpoint has float32 weights, vLLM
+    computes in bfloat16 by default.
+    """
+    config = read_json(Path(job.folder, "config.json"))
+    stored_dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = stored_dtype if job.dtype == "auto" else job.dtype
+    return LoraSlots(
+        shapes=frozenset(
+            LayerShape(tuple(rows), columns, job.rank) for rows, columns in job.slot_shapes
+        ),
+        max_loras=job.max_loras,
+        dtype=torch.float16 if dtype in {"float16", "half"} else torch.bfloat16,
+        batch_sizes=sizes_with_all_variants(job.graph_sizes, job.max_tokens),
+    )
 
 
 def sizes_with_all_variants(graph_sizes: Iterable[int], max_tokens: int) -> tuple[int, ...]:

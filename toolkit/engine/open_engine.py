@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from toolkit.base.errors import ConfigError, MissingExtraError
 from toolkit.base.garbage_collection import collector_paused
 from toolkit.base.read_ahead import read_ahead, unused_memory_bytes
-from toolkit.engine import kernel_process
 from toolkit.engine.rollout_engine import vllm_available
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ def open_engine(options: EngineOptions) -> Engine:
             ),
         )
     prepare_environment()
-    kernel_process.send_job(options)
     read_ahead(options.model, unused_memory_bytes())
     # Imported here, because vLLM reads its environment variables during the import. The import also
     # takes seconds.

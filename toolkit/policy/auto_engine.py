@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from toolkit.base.errors import ToolkitError
 from toolkit.base.process_environment import local_rank, world_size
 from toolkit.config.engine_settings import OPTIONS
 from toolkit.config.run_config import LoraSection, ModelSection, RunConfig, RuntimeSection
 from toolkit.engine.mesh import gather_from_all
 from toolkit.gpu import devices
 from toolkit.gpu.snapshot import take_snapshot
-from toolkit.sizing import Device, resolve_for_all
+from toolkit.sizing import Device, fused_shapes, read_spec, resolve_for_all
 
 if TYPE_CHECKING:
     from toolkit.policy.load_request import LoadRequest
@@ -65,6 +66,16 @@ def resolve_auto_options(
     config = config_for_estimate(checkpoint, request, adapter, length=length, dtype=dtype)
     resolved, _, _ = resolve_for_all(config, process_devices, world_size=world_size())
     return {name: getattr(resolved.model, name) for name in ESTIMATED_OPTIONS}
+
+
+def slot_shapes(checkpoint: Checkpoint) -> set[tuple[tuple[int, ...], int]]:
+    """Return the shapes of the layers that have LoRA slots in the engine (``fused_shapes``). The
+    result is empty for an architecture that the memory estimate does not know.
+    """
+    try:
+        return fused_shapes(read_spec(str(checkpoint.folder)))
+    except ToolkitError:
+        return set()
 
 
 def config_for_estimate(

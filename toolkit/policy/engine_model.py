@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigValueError
 from toolkit.config.libraries import LEGAL_RANKS, smallest_rank
+from toolkit.engine import kernel_process
 from toolkit.engine.engine_options import EngineOptions
 from toolkit.engine.open_engine import open_engine
 from toolkit.policy.attention import choose_attention
-from toolkit.policy.auto_engine import lora_section_of, resolve_auto_options
+from toolkit.policy.auto_engine import lora_section_of, resolve_auto_options, slot_shapes
 from toolkit.policy.fingerprint import store_base_digests
 from toolkit.policy.hf_model import choose_dtype, load_base, read_config
 from toolkit.policy.load_arguments import WHERE
@@ -41,7 +42,9 @@ def load_on_engine(
     # ignores the model's cap on attention scores. They run here because vLLM takes long to start.
     config = read_config(checkpoint, request)
     choose_attention(config, request.attn_implementation, WHERE)
-    engine = open_engine(engine_options(checkpoint, request, adapter))
+    options = engine_options(checkpoint, request, adapter)
+    kernel_process.send_job(options, slot_shapes(checkpoint))
+    engine = open_engine(options)
     try:
         if not engine.options.share_weights:
             return load_base(checkpoint, request), engine

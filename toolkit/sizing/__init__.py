@@ -7,6 +7,7 @@ computes the sizes, and replaces every "auto" in the run file.
 from __future__ import annotations
 
 from toolkit.sizing.device import Device
+from toolkit.sizing.lora_bytes import fused_shapes
 from toolkit.sizing.model_blocks import ModelSpec
 from toolkit.sizing.result import SizingResult
 from toolkit.sizing.solve import resolve, resolve_for_all, solve
@@ -16,6 +17,7 @@ __all__ = [
     "Device",
     "ModelSpec",
     "SizingResult",
+    "fused_shapes",
     "read_spec",
     "resolve",
     "resolve_for_all",
