@@ -227,6 +227,8 @@ SEAMS = [
         "LoRAKernelMeta.prepare_tensors(token_lora_mapping",
         "lora_kernels",
     ),
+    ("utils/torch_utils.py", "PIN_MEMORY", "kernel_driver.prepare"),
+    ("env_override.py", "_maybe_set_cuda_compatibility_path", "kernel_driver"),
     ("config/lora.py", "LoRAConfig.target_modules", "lora_compile.lora_shapes"),
     ("config/lora.py", "LoRAConfig.lora_dtype", "lora_compile"),
     (
