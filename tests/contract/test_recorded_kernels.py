@@ -1,5 +1,5 @@
-"""The list of recorded kernels belongs to the versions in the lock files. If a version has changed,
-record the kernels again on a GPU (tests/gpu/record_kernels.py).
+"""The list of recorded kernels belongs to the versions in the CUDA lock file. If a version has
+changed, record the kernels again on a GPU (tests/gpu/record_kernels.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.engine.kernel_records import SHIPPED_RECORDS
+from toolkit.engine.kernel_records import records_file
 
 pytestmark = pytest.mark.contract
 
@@ -25,11 +25,22 @@ def locked_version(package: str) -> str:
     return match[1]
 
 
-def records() -> list[dict[str, Any]]:
-    path = SHIPPED_RECORDS / f"vllm-{locked_version('vllm')}.json"
+def recorded_list() -> dict[str, Any]:
+    path = records_file(locked_version("vllm"))
     assert path.is_file(), "no kernels are recorded for the vLLM of the CUDA lock file"
-    found: list[dict[str, Any]] = json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text())
     return found
+
+
+def records() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = recorded_list()["kernels"]
+    return found
+
+
+def test_the_list_was_recorded_with_the_locked_versions() -> None:
+    versions = recorded_list()["versions"]
+    assert versions == {package: locked_version(package) for package in versions}
+    assert set(versions) == {"vllm", "triton", "trl", "liger-kernel"}
 
 
 def test_the_list_has_kernels_of_every_library() -> None:

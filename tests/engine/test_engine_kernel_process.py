@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import engine_checkpoints
 import pytest
@@ -20,13 +22,22 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 import cases
 
 from toolkit.config.engine_settings import graph_sizes
-from toolkit.engine import kernel_process, kernel_records, kernel_worker, lora_kernels
+from toolkit.engine import (
+    kernel_process,
+    kernel_records,
+    kernel_worker,
+    lora_kernels,
+    lora_tables,
+)
 from toolkit.engine.engine_options import EngineOptions
 from toolkit.engine.kernel_process import KernelJob
 from toolkit.engine.vllm_internals import open_internals
 from toolkit.gpu.reading import Reading
 from toolkit.gpu.snapshot_json import node_from_json
 from toolkit.policy.language_model import FastLanguageModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = pytest.mark.engine
 
@@ -40,9 +51,17 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget a process that another test has started."""
-    monkeypatch.setattr(kernel_process, "_process", None)
+def no_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget a process that another test has started. End the process of this test."""
+    monkeypatch.setattr(kernel_process, "_child", None)
+    yield
+    end_process()
+
+
+def end_process() -> None:
+    if kernel_process._child is not None:
+        kernel_process._child.close_pipes()
+        kernel_process._child.process.wait(60)
 
 
 def job_for(checkpoint: Path, **options: Any) -> KernelJob:
@@ -80,13 +99,16 @@ def run_worker(job: KernelJob, cache: Path) -> tuple[list[str], bytes]:
         bufsize=0,
         env=environment,
     ) as process:
+        reader = ThreadPoolExecutor(1)
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
+        errors = reader.submit(process.stderr.read)  # stdin stays open, so not communicate()
         process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
-        output, errors = process.stdout.read(), process.stderr.read()
-        assert process.wait(120) == 0, errors[-3000:].decode()
-    names: list[str] = json.loads(errors.splitlines()[-1])
+        output = process.stdout.read()
+        assert process.wait(120) == 0, errors.result()[-3000:].decode()
+        names: list[str] = json.loads(errors.result().splitlines()[-1])
+        reader.shutdown()
     return names, output
 
 
@@ -97,7 +119,7 @@ def test_the_process_compiles_the_kernels_once(checkpoint: Path, tmp_path: Path)
     counts = Counter(names)
     assert counts["_lora_shrink_kernel"] >= 2
     assert counts["_lora_expand_kernel"] >= 2
-    # Of the recorded list: two kernels of TRL's loss. The LoRA kernels need the job, they do not.
+    # Of the recorded list: two kernels of TRL's loss. They do not need the job, so they come first.
     assert {"_forward_kernel", "_backward_kernel"} <= set(names)
     assert names.index("_forward_kernel") < names.index("_lora_shrink_kernel")
     # Nothing else may be on stdout: the other process waits for this line.
@@ -126,7 +148,7 @@ def test_the_process_compiles_for_the_first_gpu_if_it_has_enough_cpu_time(
 
 
 def recorded(name: str) -> dict[str, Any]:
-    records = json.loads((kernel_records.SHIPPED_RECORDS / "vllm-0.25.1.json").read_text())
+    records = json.loads(kernel_records.records_file("0.25.1").read_text())["kernels"]
     record: dict[str, Any] = next(record for record in records if record["kernel"] == name)
     return record
 
@@ -179,55 +201,148 @@ def test_loading_a_model_sends_the_shapes_of_its_slots(
         }
 
 
+def child() -> kernel_process._Child:
+    assert kernel_process._child is not None
+    return kernel_process._child
+
+
+def options_for(checkpoint: Path, **options: Any) -> EngineOptions:
+    return EngineOptions(model=str(checkpoint), **options)
+
+
 @pytest.mark.usefixtures("no_process")
 def test_no_process_is_started_without_a_gpu(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_process, "DEVICE_FILES", ())
-    kernel_process.send_job(EngineOptions(model=str(checkpoint)), SHAPES)
-    assert kernel_process._process is None
+    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    assert kernel_process._child is None
     kernel_process.wait_for_lora_kernels()
 
 
 @pytest.mark.usefixtures("no_process")
-def test_a_process_that_ends_early_does_not_stop_the_start(
+def test_each_engine_gets_a_process_of_its_own(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On this machine the second process finds no GPU and ends."""
     monkeypatch.setattr(kernel_process, "_can_help", lambda: True)
     kernel_process.start()
-    first = kernel_process._process
-    assert first is not None
+    first = child()
     kernel_process.start()
-    assert kernel_process._process is first
-    assert first.wait(60) == 0
-    # For the next engine of this process, a new process is started.
-    kernel_process.send_job(EngineOptions(model=str(checkpoint)), SHAPES)
-    second = kernel_process._process
-    assert second is not None
+    assert child() is first
+    assert first.process.wait(60) == 0
+    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    second = child()
     assert second is not first
     kernel_process.wait_for_lora_kernels()
-    assert second.wait(60) == 0
-    kernel_process.wait_for_lora_kernels()
+    assert second.process.wait(60) == 0
     monkeypatch.setattr(kernel_process, "_can_help", lambda: False)
     kernel_process.start()
-    assert kernel_process._process is None
+    assert kernel_process._child is None
+
+
+ANSWERING_PROGRAM = """
+import sys, time
+if not sys.stdin.readline():
+    sys.exit(0)
+time.sleep(0.5)
+print("done", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """A program in the place of the second process. It answers half a second after it got a job."""
+    with subprocess.Popen(
+        [sys.executable, "-c", ANSWERING_PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        monkeypatch.setattr(kernel_process, "_child", kernel_process._Child(process))
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def waited_s() -> float:
+    start = time.perf_counter()
+    kernel_process.wait_for_lora_kernels()
+    return time.perf_counter() - start
+
+
+@pytest.mark.usefixtures("running")
+def test_the_start_waits_once_for_the_lora_kernels(checkpoint: Path) -> None:
+    assert waited_s() < 0.4  # there is no job
+    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    assert child().has_job
+    assert waited_s() > 0.4
+    assert child().is_running
+    assert waited_s() < 0.4
+    kernel_process.send_job(options_for(checkpoint), SHAPES)  # is not sent: a process does one job
+    assert waited_s() < 0.4
+
+
+@pytest.mark.usefixtures("running")
+def test_the_start_does_not_wait_longer_than_the_limit(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_process, "MAX_WAIT_S", 0.1)
+    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    assert 0.09 < waited_s() < 0.4
+
+
+@pytest.mark.usefixtures("running")
+def test_the_start_does_not_wait_for_an_engine_without_lora(checkpoint: Path) -> None:
+    kernel_process.send_job(options_for(checkpoint, enable_lora=False), SHAPES)
+    assert child().has_job
+    assert waited_s() < 0.4
+
+
+def test_a_split_engine_ends_the_process_and_does_not_wait(
+    checkpoint: Path, running: subprocess.Popen[bytes]
+) -> None:
+    kernel_process.send_job(options_for(checkpoint, tensor_parallel_size=2), SHAPES)
+    assert waited_s() < 0.4
+    assert running.wait(10) == 0
 
 
 @pytest.mark.usefixtures("no_process")
-def test_a_process_that_does_not_answer_does_not_stop_the_start(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_process_that_is_started_late_leaves_the_lora_kernels_to_this_one(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_process, "MAX_WAIT_S", 0.2)
-    program = "import sys; sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-    ) as process:
-        monkeypatch.setattr(kernel_process, "_process", process)
-        kernel_process.wait_for_lora_kernels()
-        assert process.poll() is None
-        assert process.stdin is not None
-        process.stdin.close()
+    sent: list[KernelJob] = []
+    monkeypatch.setattr(kernel_process, "_can_help", lambda: True)
+    monkeypatch.setattr(kernel_process._Child, "send", lambda _self, job: sent.append(job))
+    assert "vllm" in sys.modules
+    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    assert [job.slot_shapes for job in sent] == [[]]
+    monkeypatch.delitem(sys.modules, "vllm")
+    end_process()
+    monkeypatch.setattr(kernel_process, "_child", None)
+    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    assert sent[1].slot_shapes == sorted(SHAPES)
+
+
+def test_a_job_that_cannot_be_sent_does_not_stop_the_start(
+    checkpoint: Path, running: subprocess.Popen[bytes]
+) -> None:
+    graphs = {"cudagraph_capture_sizes": [object()]}  # cannot be written as JSON
+    kernel_process.send_job(options_for(checkpoint, compilation_config=graphs), SHAPES)
+    assert waited_s() < 0.4
+    running.kill()
+    running.wait()
+    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    assert waited_s() < 0.4
+
+
+def test_the_process_chooses_its_own_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that this process has made is not a choice of the user."""
+    monkeypatch.setenv(lora_tables.FOLDER_VARIABLE, "/tables")
+    assert kernel_process._child_environment()[lora_tables.FOLDER_VARIABLE] == "/tables"
+    monkeypatch.setitem(lora_tables._created_folders, "any", "/tables")
+    assert lora_tables.FOLDER_VARIABLE not in kernel_process._child_environment()
 
 
 @pytest.mark.usefixtures("no_process")
@@ -247,22 +362,14 @@ def test_the_conditions_for_a_second_process(
     assert not kernel_process._can_help()
 
 
-@pytest.mark.usefixtures("no_process")
-def test_no_job_is_sent_for_a_split_engine(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernel_process, "_can_help", lambda: True)
-    kernel_process.send_job(EngineOptions(model=str(checkpoint), tensor_parallel_size=2), SHAPES)
-    assert kernel_process._process is None
-
-
 def test_the_process_ends_with_the_one_that_started_it() -> None:
     program = (
-        "import queue, threading\n"
+        "import atexit, queue, threading\n"
+        "atexit.register(print, 'removed', flush=True)\n"
         "from toolkit.engine import kernel_worker\n"
         "jobs = queue.SimpleQueue()\n"
         "threading.Thread(target=kernel_worker._read_jobs, args=(jobs,), daemon=True).start()\n"
-        "print(jobs.get(), flush=True)\n"
+        "print(jobs.get(), end='', flush=True)\n"
         "threading.Event().wait()\n"
     )
     with subprocess.Popen(
@@ -275,3 +382,4 @@ def test_the_process_ends_with_the_one_that_started_it() -> None:
         assert process.poll() is None
         process.stdin.close()
         assert process.wait(30) == 0
+        assert process.stdout.read() == b"removed\n"  # temporary files are removed at exit

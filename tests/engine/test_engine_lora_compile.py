@@ -72,6 +72,7 @@ def test_kernels_are_compiled_for_the_slots(
         expected = lora_kernels.slots_of_job(job)
         assert expected.shapes == slots.shapes
         assert expected.max_loras == slots.max_loras
+        assert set(slots.batch_sizes) <= set(expected.batch_sizes)
 
 
 def run_worker(cache: Path) -> dict[str, Any]:
@@ -128,6 +129,8 @@ def test_an_error_while_compiling_does_not_end_the_start(monkeypatch: pytest.Mon
         calls.append(slots)
         raise RuntimeError("ptxas is missing")
 
+    monkeypatch.setattr(kernel_process, "wait_for_lora_kernels", lambda: calls.append("waited"))
+
     monkeypatch.setattr(lora_compile, "device_type", lambda: "cuda")
     monkeypatch.setattr(lora_compile, "lora_slots", lambda *_: "slots")
     monkeypatch.setattr(lora_compile, "compile_lora_kernels", fail)
@@ -135,4 +138,5 @@ def test_an_error_while_compiling_does_not_end_the_start(monkeypatch: pytest.Mon
     config: Any = SimpleNamespace(lora_config=SimpleNamespace())
     with lora_compile.compiled_lora_kernels(model, config):
         pass
-    assert calls == ["slots"]
+    # The second process is asked first.
+    assert calls == ["waited", "slots"]

@@ -19,8 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from toolkit.engine.kernel_records import SHIPPED_RECORDS
+from toolkit.engine.kernel_records import records_file
 
+PACKAGES = ("vllm", "triton", "trl", "liger-kernel")
 LORA_KERNELS = ("_lora_shrink_kernel", "_lora_expand_kernel")  # depend on the layers and the table
 TARGET_OPTIONS = {
     "arch",
@@ -94,9 +95,11 @@ def constants_of(variant: dict[str, Any]) -> list[tuple[list[int], Any]]:
     return list(zip(variant["constant_keys"], variant["constant_vals"], strict=True))
 
 
-def write_records(records: list[dict[str, Any]], path: Path) -> None:
+def write_records(records: list[dict[str, Any]], versions: dict[str, str], path: Path) -> None:
     lines = sorted({json.dumps(record) for record in records})
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    path.write_text(
+        f'{{"versions": {json.dumps(versions)},\n"kernels": [\n' + ",\n".join(lines) + "\n]}\n"
+    )
 
 
 def main(settings: str) -> None:
@@ -118,8 +121,9 @@ def main(settings: str) -> None:
     knobs.runtime.jit_post_compile_hook = record
     with tempfile.TemporaryDirectory() as folder:
         run_arm("ours", settings, str(Path(folder, "result.json")))
-    path = SHIPPED_RECORDS / f"vllm-{version('vllm')}.json"
-    write_records(records, path)
+    versions = {package: version(package) for package in PACKAGES}
+    path = records_file(versions["vllm"])
+    write_records(records, versions, path)
     print(f"{len(records)} kernels recorded in {path}")
 
 

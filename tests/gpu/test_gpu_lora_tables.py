@@ -107,10 +107,7 @@ def test_no_lora_kernel_is_compiled_at_its_first_launch(
     """Without the second process, the start and the rollouts launch only variants that the thread
     of ``lora_compile`` has compiled. The launchers (C functions) are also compiled before.
     """
-    from toolkit.engine import kernel_process
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv(kernel_process.SWITCH_VARIABLE, "off")
     from triton import knobs
 
     compiled: list[tuple[str, str]] = []  # the kernel and the thread
@@ -131,8 +128,8 @@ def test_no_lora_kernel_is_compiled_at_its_first_launch(
 def test_a_start_finds_the_kernels_of_the_second_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start with an empty cache runs a C compiler about 25 times. Here the second process has run
-    it before. It has not used the GPU.
+    """A start with an empty cache compiles about 40 LoRA kernels, and runs a C compiler about 25
+    times. Here the second process has done it before. It has not used the GPU.
     """
     from toolkit.engine import kernel_process
     from toolkit.engine.open_engine import prepare_environment
@@ -143,14 +140,26 @@ def test_a_start_finds_the_kernels_of_the_second_process(
     options = small_options(tmp_path / "model")
     free_before, _ = torch.cuda.mem_get_info()
     least_free = free_before
+    kernel_process.start()
     kernel_process.send_job(options, fused_shapes(read_spec(options.model)))
-    process = kernel_process._process
-    assert process is not None
+    assert kernel_process._child is not None
+    process = kernel_process._child.process
     while process.poll() is None:
         least_free = min(least_free, torch.cuda.mem_get_info()[0])
         time.sleep(0.05)
     assert process.returncode == 0
     assert free_before - least_free < 64 << 20
+    from triton import knobs
+
+    lora_kernels: list[tuple[str, bool]] = []  # the name, and whether it was in the cache
+
+    def record(*_: Any, src: Any, cache_hit: bool, **__: Any) -> None:
+        if "_lora_" in src.name:
+            lora_kernels.append((src.name, cache_hit))
+
+    monkeypatch.setattr(knobs.compilation, "listener", record)
     c_compilations = record_c_compilations(monkeypatch)
     start_and_generate(options)
     assert len(c_compilations) <= 2, c_compilations
+    assert lora_kernels
+    assert all(cache_hit for _, cache_hit in lora_kernels)

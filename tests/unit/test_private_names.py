@@ -25,6 +25,7 @@ UPSTREAM = {
     "_foreach_copy_": "torch 2.13: one kernel for all tensors of an adapter",
     "_foreach_mul": "torch 2.13: one kernel for all tensors of an adapter",
     "_update_default_pg": "torch 2.13: the default group while a mesh is open",
+    "_lazy_init": "torch 2.13: a process that must not use the GPU",
     "_last_lr": "torch 2.13: the rate that a scheduler reports",
     "_sample": "transformers 5.17: sampling with a generator for each row",
     "_name_or_path": "transformers 5.17: the name that a model was loaded by",

@@ -162,10 +162,7 @@ def _train(
     from toolkit.train.logging_setup import prepare_environment  # noqa: PLC0415
 
     prepare_environment()
-    if config.runtime.engine != "transformers" and config.model.fast_inference is not False:
-        from toolkit.engine import kernel_process  # noqa: PLC0415
-
-        kernel_process.start()
+    _compile_kernels_ahead(config)
     _read_weights_ahead(config)
     from toolkit.base.defect import set_run_context  # noqa: PLC0415
 
@@ -176,6 +173,16 @@ def _train(
 
     set_run_context(Path(config.runtime.output_dir), lambda: as_mapping(config))
     run(config, Options(evaluate=evaluate, debug=debug, check_rules=rules))
+
+
+def _compile_kernels_ahead(config: RunConfig) -> None:
+    """Start a process that compiles kernels, while the libraries are imported."""
+    from toolkit.config.resolved import Situation, resolve_engine  # noqa: PLC0415
+    from toolkit.engine import kernel_process  # noqa: PLC0415
+
+    engine = resolve_engine(config.runtime.engine, config.model.fast_inference, Situation())
+    if engine != "transformers":
+        kernel_process.start()
 
 
 def _read_weights_ahead(config: RunConfig) -> None:

@@ -25,8 +25,8 @@ MAX_THREADS = 8
 def compiled_together() -> Iterator[Callable[[Any], None]]:
     """A context manager that yields a function. In the body, call this function with each result of
     ``JITFunction.warmup`` and ``JITFunction.preload``. These two methods then return at once, and
-    threads compile the variants. The end of the body waits for the threads, which also compile the
-    launchers. If a variant does not compile, no error is raised here.
+    threads compile the variants. When the body ends, the context manager also compiles the
+    launchers, and waits for the threads. If a variant does not compile, no error is raised here.
     """
     variants: dict[int, Any] = {}
 

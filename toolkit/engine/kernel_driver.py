@@ -7,7 +7,6 @@ process.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import types
@@ -22,8 +21,8 @@ _WARP_SIZE = 32
 
 
 class CompilingDriver(CudaDriver):  # type: ignore[misc]  # triton ships no types
-    """Triton's driver for CUDA, for a GPU with ``capability`` (major, minor). It answers what a
-    compilation needs, and cannot launch (Triton 3.6).
+    """Triton's driver for CUDA, for a GPU with ``capability`` (major, minor). It returns the
+    values that a compilation needs. It cannot launch kernels (Triton 3.6).
     """
 
     def __init__(self, capability: tuple[int, int]) -> None:
@@ -60,5 +59,4 @@ def _skip_changes_of_torch_compile() -> None:
     takes 8 s (0.25.1), and this process does not use torch.compile.
     """
     name = "vllm.env_override"
-    if importlib.util.find_spec("vllm") is not None and name not in sys.modules:
-        sys.modules[name] = types.ModuleType(name)
+    sys.modules[name] = types.ModuleType(name)

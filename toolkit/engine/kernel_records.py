@@ -5,11 +5,11 @@ and the first step of a run. Each file in ``recorded/`` has these variants for o
 ``tests/gpu/record_kernels.py`` writes such a file. Triton's ``JITFunction.preload`` compiles a
 variant from its record (Triton 3.6).
 
-Some constants of liger-kernel's kernels are sizes of the model. The records have names of sizes in
-their places, such as ``{"power_of_2": "hidden_size"}``.
+Some constants of liger-kernel's kernels are sizes of the model. A record has the name of the size
+instead of its value, such as ``{"power_of_2": "hidden_size"}``.
 
-A variant that a run does not launch only costs the time to compile it. So nothing here checks that
-the versions of TRL and liger-kernel are those of the record.
+An outdated record does no harm: its kernel is compiled, but not used. So the versions of TRL and
+liger-kernel are not checked here.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 SHIPPED_RECORDS = Path(__file__).parent / "recorded"
 
 
+def records_file(vllm_version: str, folder: Path = SHIPPED_RECORDS) -> Path:
+    """Return the path of the list that was recorded with a version of vLLM. The file exists only
+    for some versions.
+    """
+    return folder / f"vllm-{vllm_version}.json"
+
+
 def read_sizes(folder: Path) -> dict[str, int]:
     """Return the sizes of the model in ``folder`` that records may name. Raises InputError if
     config.json cannot be read.
@@ -42,16 +49,16 @@ def read_sizes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def compile_recorded_kernels(sizes: Mapping[str, int], records: Path = SHIPPED_RECORDS) -> None:
+def compile_recorded_kernels(sizes: Mapping[str, int]) -> None:
     """Compile kernels that were recorded with the installed version of vLLM. With ``sizes`` of a
     model, these are the kernels that depend on the model. If ``sizes`` is empty, these are the
     other kernels. A kernel that does not compile is left out.
     """
-    path = records / f"vllm-{version('vllm')}.json"
+    path = records_file(version("vllm"))
     if not path.is_file():
         return
     with compiled_together() as add_variant:
-        for record in read_json(path):
+        for record in read_json(path)["kernels"]:
             if names_sizes(record) != bool(sizes):
                 continue
             try:

@@ -7,18 +7,21 @@ So it imports Triton, torch, and only the parts of vLLM that define kernels.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import queue
+import shutil
+import tempfile
 import threading
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.engine.kernel_process import MIN_CORES, KernelJob
-from toolkit.engine.lora_tables import FOLDER_VARIABLE, find_table, use_table
+from toolkit.engine.lora_tables import find_table, use_table, user_folder
 from toolkit.gpu.devices import select_device
 from toolkit.gpu.snapshot import take_snapshot
 
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
 NICENESS = 5
-"""The process that trains comes first."""
+"""A lower scheduling priority (``nice``) than that of the process that trains."""
+PACKAGES = ("vllm", "triton", "torch", "trl", "liger-kernel")
+"""The packages whose kernels are compiled, and those that compile."""
 MAX_WAIT_S = 300.0
 """The process ends if it gets no job for this long."""
 ANSWER = b"the LoRA kernels are compiled\n"
@@ -39,6 +44,8 @@ def main() -> None:
     os.nice(NICENESS)
     answers = os.dup(1)
     os.dup2(2, 1)  # libraries print to stderr, so that stdout has only the answer
+    temporary_folder = tempfile.tempdir = tempfile.mkdtemp(prefix="toolkit-kernels-")
+    atexit.register(shutil.rmtree, temporary_folder, ignore_errors=True)
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
     target = find_target(take_snapshot())
@@ -62,6 +69,13 @@ def find_target(node: NodeSnapshot) -> tuple[str, tuple[int, int]] | None:
     return gpu.name.value, gpu.capability
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _read_jobs(jobs: queue.SimpleQueue[str]) -> None:
     """Put each line of stdin into ``jobs``. End this process when the process that started it has
     ended, which closes stdin.
@@ -69,6 +83,8 @@ def _read_jobs(jobs: queue.SimpleQueue[str]) -> None:
     with os.fdopen(os.dup(0)) as lines:
         for line in lines:
             jobs.put(line)
+    with suppress(Exception):
+        atexit._run_exitfuncs()  # removes the temporary files
     os._exit(0)
 
 
@@ -123,15 +139,17 @@ class Worker:
             self._is_prepared = True
 
     def _done_file(self, job_text: str) -> Path:
-        """Return the path of an empty file in Triton's cache. It exists if this process has already
-        compiled the kernels for this job, this card and these versions.
+        """Return the path of an empty file in Triton's cache. It exists if an earlier process has
+        compiled the kernels for the same job, card, table, list of kernels, and versions.
         """
-        from triton import knobs  # noqa: PLC0415 - takes a part of a second
+        # These imports take a part of a second.
+        from triton import knobs  # noqa: PLC0415
 
-        table = find_table(self.card)
-        facts = [job_text, self.card, os.environ.get(FOLDER_VARIABLE)]
-        facts += [version(package) for package in ("vllm", "triton", "torch")]
-        facts += [table.read_text() if table is not None and table.is_file() else None]
+        from toolkit.engine.kernel_records import records_file  # noqa: PLC0415
+
+        files = (find_table(self.card), records_file(version("vllm")))
+        facts = [job_text, self.card, user_folder(), *map(_version, PACKAGES)]
+        facts += [file.read_text() if file and file.is_file() else None for file in files]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         folder = Path(knobs.cache.dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -86,8 +86,8 @@ def lora_shapes(
 
 
 def _compile(device: int | None, slots: LoraSlots) -> None:
-    kernel_process.wait_for_lora_kernels()
     try:
+        kernel_process.wait_for_lora_kernels()
         with nullcontext() if device is None else torch.cuda.device(device):
             compile_lora_kernels(slots)
     except Exception:  # noqa: BLE001 - a kernel that is not compiled here is compiled at its launch

@@ -75,7 +75,7 @@ def sizes_with_all_variants(graph_sizes: Iterable[int], max_tokens: int) -> tupl
 
 def compile_lora_kernels(slots: LoraSlots) -> None:
     """Compile all variants of both LoRA kernels for ``slots``."""
-    # Imported here, because triton is only installed with CUDA.
+    # Imported here, because triton is not installed on every machine with a CPU engine.
     from toolkit.engine.kernel_compile import compiled_together  # noqa: PLC0415
 
     try:

@@ -95,6 +95,14 @@ def find_table(card: str, shipped: Path = SHIPPED_TABLES) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def user_folder() -> str | None:
+    """Return the folder of tables that the user has set in VLLM_TUNED_CONFIG_FOLDER. Return None if
+    the variable is not set, or if ``use_table`` has set it.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return None if folder in _created_folders.values() else folder
+
+
 def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED_TABLES) -> Path | None:
     """Make vLLM read the table for ``card``. Returns the folder that vLLM reads, or None if there
     is no table. Warns once if a table is ignored.
@@ -102,8 +110,7 @@ def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED_TABLES) -> P
     Raises:
         InputError: the file in TOOLKIT_LORA_TABLE is not a table.
     """
-    configured_folder = os.environ.get(FOLDER_VARIABLE)
-    if configured_folder is not None and configured_folder not in _created_folders.values():
+    if user_folder() is not None:
         return None
     os.environ.pop(FOLDER_VARIABLE, None)
     path = find_table(card, shipped)

@@ -23,6 +23,7 @@ class Stop(Exception):
         ("vllm", True, ["started"]),
         ("transformers", "auto", []),
         ("auto", False, []),
+        ("vllm", False, ["started"]),  # runtime.engine decides
     ],
 )
 def test_a_run_with_vllm_starts_the_process_first(

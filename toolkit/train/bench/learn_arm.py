@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.base.errors import first_line
+from toolkit.engine import kernel_process
 from toolkit.train.bench import arms
 from toolkit.train.bench.learn_settings import LearnResult, LearnSettings
 from toolkit.train.bench.tasks import training_problems
@@ -25,6 +26,8 @@ def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
     """Load the model and train. After each saved adapter, ``result`` is written to ``path``."""
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # as in ``arms``
     start = time.perf_counter()
+    if result.arm == "ours":
+        kernel_process.start()  # as `toolkit train` does
     trainer = arms.BUILDERS[result.arm](settings, learning_job())
     result.load_s = time.perf_counter() - start
     # After the arm, because Unsloth must be imported before torch.
