@@ -245,7 +245,7 @@ ANSWERING_PROGRAM = """
 import sys, time
 if not sys.stdin.readline():
     sys.exit(0)
-time.sleep(0.5)
+time.sleep(2)
 print("done", flush=True)
 sys.stdin.read()
 """
@@ -253,7 +253,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """A program in the place of the second process. It answers half a second after it got a job."""
+    """A program in the place of the second process. It answers 2 s after it got a job."""
     with subprocess.Popen(
         [sys.executable, "-c", ANSWERING_PROGRAM],
         stdin=subprocess.PIPE,
@@ -274,14 +274,14 @@ def waited_s() -> float:
 
 @pytest.mark.usefixtures("running")
 def test_the_start_waits_once_for_the_lora_kernels(checkpoint: Path) -> None:
-    assert waited_s() < 0.4  # there is no job
+    assert waited_s() < 1  # there is no job
     kernel_process.send_job(options_for(checkpoint), SHAPES)
     assert child().has_job
-    assert waited_s() > 0.4
+    assert waited_s() > 1
     assert child().is_running
-    assert waited_s() < 0.4
+    assert waited_s() < 1
     kernel_process.send_job(options_for(checkpoint), SHAPES)  # is not sent: a process does one job
-    assert waited_s() < 0.4
+    assert waited_s() < 1
 
 
 @pytest.mark.usefixtures("running")
@@ -290,21 +290,21 @@ def test_the_start_does_not_wait_longer_than_the_limit(
 ) -> None:
     monkeypatch.setattr(kernel_process, "MAX_WAIT_S", 0.1)
     kernel_process.send_job(options_for(checkpoint), SHAPES)
-    assert 0.09 < waited_s() < 0.4
+    assert 0.09 < waited_s() < 1
 
 
 @pytest.mark.usefixtures("running")
 def test_the_start_does_not_wait_for_an_engine_without_lora(checkpoint: Path) -> None:
     kernel_process.send_job(options_for(checkpoint, enable_lora=False), SHAPES)
     assert child().has_job
-    assert waited_s() < 0.4
+    assert waited_s() < 1
 
 
 def test_a_split_engine_ends_the_process_and_does_not_wait(
     checkpoint: Path, running: subprocess.Popen[bytes]
 ) -> None:
     kernel_process.send_job(options_for(checkpoint, tensor_parallel_size=2), SHAPES)
-    assert waited_s() < 0.4
+    assert waited_s() < 1
     assert running.wait(10) == 0
 
 
@@ -330,11 +330,11 @@ def test_a_job_that_cannot_be_sent_does_not_stop_the_start(
 ) -> None:
     graphs = {"cudagraph_capture_sizes": [object()]}  # cannot be written as JSON
     kernel_process.send_job(options_for(checkpoint, compilation_config=graphs), SHAPES)
-    assert waited_s() < 0.4
+    assert waited_s() < 1
     running.kill()
     running.wait()
     kernel_process.send_job(options_for(checkpoint), SHAPES)
-    assert waited_s() < 0.4
+    assert waited_s() < 1
 
 
 def test_the_process_chooses_its_own_table(monkeypatch: pytest.MonkeyPatch) -> None:
