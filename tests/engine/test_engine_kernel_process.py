@@ -191,14 +191,18 @@ def test_loading_a_model_sends_the_shapes_of_its_slots(
         kv_cache_bytes=1 << 26,
     )
     with model.toolkit_engine as engine:
-        ((options, shapes),) = sent
+        ((options, sent_shapes),) = sent
         assert options == engine.options
         layers = open_internals(engine.llm).lora_manager.modules.values()
-        assert shapes == {
+        assert sent_shapes() == {
             (tuple(b.shape[2] for b in layer.lora_b_stacked), layer.lora_a_stacked[0].shape[3])
             for layer in layers
             if hasattr(layer, "lora_a_stacked")
         }
+
+
+def shapes() -> tuple[tuple[tuple[int, ...], int], ...]:
+    return SHAPES
 
 
 def child() -> kernel_process._Child:
@@ -215,7 +219,7 @@ def test_no_process_is_started_without_a_gpu(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_process, "DEVICE_FILES", ())
-    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    kernel_process.send_job(options_for(checkpoint), shapes)
     assert kernel_process._child is None
     kernel_process.wait_for_lora_kernels()
 
@@ -231,7 +235,7 @@ def test_each_engine_gets_a_process_of_its_own(
     kernel_process.start()
     assert child() is first
     assert first.process.wait(60) == 0
-    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    kernel_process.send_job(options_for(checkpoint), shapes)
     second = child()
     assert second is not first
     kernel_process.wait_for_lora_kernels()
@@ -274,13 +278,13 @@ def waited_s() -> float:
 
 @pytest.mark.usefixtures("running")
 def test_the_start_waits_once_for_the_lora_kernels(checkpoint: Path) -> None:
-    assert waited_s() < 1  # there is no job
-    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    assert waited_s() < 1  # no job was sent, so no answer is expected
+    kernel_process.send_job(options_for(checkpoint), shapes)
     assert child().has_job
     assert waited_s() > 1
     assert child().is_running
     assert waited_s() < 1
-    kernel_process.send_job(options_for(checkpoint), SHAPES)  # is not sent: a process does one job
+    kernel_process.send_job(options_for(checkpoint), shapes)  # is not sent: a process does one job
     assert waited_s() < 1
 
 
@@ -289,13 +293,13 @@ def test_the_start_does_not_wait_longer_than_the_limit(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_process, "MAX_WAIT_S", 0.1)
-    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    kernel_process.send_job(options_for(checkpoint), shapes)
     assert 0.09 < waited_s() < 1
 
 
 @pytest.mark.usefixtures("running")
 def test_the_start_does_not_wait_for_an_engine_without_lora(checkpoint: Path) -> None:
-    kernel_process.send_job(options_for(checkpoint, enable_lora=False), SHAPES)
+    kernel_process.send_job(options_for(checkpoint, enable_lora=False), shapes)
     assert child().has_job
     assert waited_s() < 1
 
@@ -303,7 +307,7 @@ def test_the_start_does_not_wait_for_an_engine_without_lora(checkpoint: Path) ->
 def test_a_split_engine_ends_the_process_and_does_not_wait(
     checkpoint: Path, running: subprocess.Popen[bytes]
 ) -> None:
-    kernel_process.send_job(options_for(checkpoint, tensor_parallel_size=2), SHAPES)
+    kernel_process.send_job(options_for(checkpoint, tensor_parallel_size=2), shapes)
     assert waited_s() < 1
     assert running.wait(10) == 0
 
@@ -316,12 +320,12 @@ def test_a_process_that_is_started_late_leaves_the_lora_kernels_to_this_one(
     monkeypatch.setattr(kernel_process, "_can_help", lambda: True)
     monkeypatch.setattr(kernel_process._Child, "send", lambda _self, job: sent.append(job))
     assert "vllm" in sys.modules
-    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    kernel_process.send_job(options_for(checkpoint), shapes)
     assert [job.slot_shapes for job in sent] == [[]]
     monkeypatch.delitem(sys.modules, "vllm")
     end_process()
     monkeypatch.setattr(kernel_process, "_child", None)
-    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    kernel_process.send_job(options_for(checkpoint), shapes)
     assert sent[1].slot_shapes == sorted(SHAPES)
 
 
@@ -329,11 +333,11 @@ def test_a_job_that_cannot_be_sent_does_not_stop_the_start(
     checkpoint: Path, running: subprocess.Popen[bytes]
 ) -> None:
     graphs = {"cudagraph_capture_sizes": [object()]}  # cannot be written as JSON
-    kernel_process.send_job(options_for(checkpoint, compilation_config=graphs), SHAPES)
+    kernel_process.send_job(options_for(checkpoint, compilation_config=graphs), shapes)
     assert waited_s() < 1
     running.kill()
     running.wait()
-    kernel_process.send_job(options_for(checkpoint), SHAPES)
+    kernel_process.send_job(options_for(checkpoint), shapes)
     assert waited_s() < 1
 
 

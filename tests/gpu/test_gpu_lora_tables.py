@@ -141,7 +141,7 @@ def test_a_start_finds_the_kernels_of_the_second_process(
     free_before, _ = torch.cuda.mem_get_info()
     least_free = free_before
     kernel_process.start()
-    kernel_process.send_job(options, fused_shapes(read_spec(options.model)))
+    kernel_process.send_job(options, lambda: fused_shapes(read_spec(options.model)))
     assert kernel_process._child is not None
     process = kernel_process._child.process
     while process.poll() is None:

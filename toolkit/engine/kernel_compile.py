@@ -28,15 +28,11 @@ def compiled_together() -> Iterator[Callable[[Any], None]]:
     threads compile the variants. When the body ends, the context manager also compiles the
     launchers, and waits for the threads. If a variant does not compile, no error is raised here.
     """
-    variants: dict[int, Any] = {}
-
-    def add(variant: Any) -> None:
-        variants[id(variant)] = variant
-
+    variants: list[Any] = []
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         with AsyncCompileMode(pool, ignore_errors=True):
-            yield add
-        for kernel in _one_per_launcher(variants.values()):
+            yield variants.append
+        for kernel in _one_per_launcher(variants):
             pool.submit(_build_launcher, kernel)
 
 

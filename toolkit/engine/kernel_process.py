@@ -28,7 +28,7 @@ from toolkit.base.process_environment import local_rank
 from toolkit.engine.lora_tables import FOLDER_VARIABLE, user_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from toolkit.engine.engine_options import EngineOptions
 
@@ -137,10 +137,13 @@ def start() -> None:
         _child = _Child(process)
 
 
-def send_job(options: EngineOptions, slot_shapes: Iterable[tuple[tuple[int, ...], int]]) -> None:
+def send_job(
+    options: EngineOptions, slot_shapes: Callable[[], Iterable[tuple[tuple[int, ...], int]]]
+) -> None:
     """Let the second process compile the kernels for an engine with ``options``. ``slot_shapes``
-    are the shapes of the layers with LoRA slots: the number of rows of each slice, and the number
-    of columns. If no second process is running, start one. A second process does only one job.
+    returns the shapes of the layers with LoRA slots: the number of rows of each slice, and the
+    number of columns. It is called only if the second process needs them. If no second process is
+    running, start one. A second process does only one job.
 
     With tensor parallelism, the layers of an engine have other shapes. Then the second process is
     ended.
@@ -156,7 +159,7 @@ def send_job(options: EngineOptions, slot_shapes: Iterable[tuple[tuple[int, ...]
     # The second process only saves time. So no error of it may end the start of the engine.
     with suppress(Exception):
         if _child is not None and not _child.has_job:
-            _child.send(KernelJob.from_options(options, slot_shapes if is_early else ()))
+            _child.send(KernelJob.from_options(options, slot_shapes() if is_early else ()))
 
 
 def wait_for_lora_kernels() -> None:

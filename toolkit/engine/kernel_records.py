@@ -21,27 +21,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.files import read_json
+from toolkit.config.lora_targets import get_text_config
 from toolkit.engine.kernel_compile import compiled_together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-SHIPPED_RECORDS = Path(__file__).parent / "recorded"
 
-
-def records_file(vllm_version: str, folder: Path = SHIPPED_RECORDS) -> Path:
+def records_file(vllm_version: str) -> Path:
     """Return the path of the list that was recorded with a version of vLLM. The file exists only
     for some versions.
     """
-    return folder / f"vllm-{vllm_version}.json"
+    return Path(__file__).parent / "recorded" / f"vllm-{vllm_version}.json"
 
 
 def read_sizes(folder: Path) -> dict[str, int]:
     """Return the sizes of the model in ``folder`` that records may name. Raises InputError if
     config.json cannot be read.
     """
-    config = read_json(folder / "config.json")
-    config = config.get("text_config", config)
+    config = get_text_config(read_json(folder / "config.json"))
     sizes = {name: value for name, value in config.items() if isinstance(value, int)}
     heads = sizes.get("num_attention_heads", 1)
     sizes.setdefault("num_key_value_heads", heads)

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from toolkit.engine.kernel_process import MIN_CORES, KernelJob
 from toolkit.engine.lora_tables import find_table, use_table, user_folder
 from toolkit.gpu.devices import select_device
 from toolkit.gpu.snapshot import take_snapshot
+from toolkit.gpu.software import installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,13 +68,6 @@ def find_target(node: NodeSnapshot) -> tuple[str, tuple[int, int]] | None:
     if cpu_limit is not None and cpu_limit < MIN_CORES:
         return None
     return gpu.name.value, gpu.capability
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _read_jobs(jobs: queue.SimpleQueue[str]) -> None:
@@ -148,7 +142,7 @@ class Worker:
         from toolkit.engine.kernel_records import records_file  # noqa: PLC0415
 
         files = (find_table(self.card), records_file(version("vllm")))
-        facts = [job_text, self.card, user_folder(), *map(_version, PACKAGES)]
+        facts = [job_text, self.card, user_folder(), *map(installed_version, PACKAGES)]
         facts += [file.read_text() if file and file.is_file() else None for file in files]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         folder = Path(knobs.cache.dir)

@@ -5,6 +5,7 @@ The engine loads the weights, and the parameters of the model are views of the e
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigValueError
@@ -43,7 +44,7 @@ def load_on_engine(
     config = read_config(checkpoint, request)
     choose_attention(config, request.attn_implementation, WHERE)
     options = engine_options(checkpoint, request, adapter)
-    kernel_process.send_job(options, slot_shapes(checkpoint))
+    kernel_process.send_job(options, partial(slot_shapes, checkpoint))
     engine = open_engine(options)
     try:
         if not engine.options.share_weights:

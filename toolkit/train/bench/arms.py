@@ -42,12 +42,8 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
     """Load the model, train ``settings.steps`` steps, and add the measurements to ``result``. After
     each step, ``result`` is written to ``path``.
     """
-    # Every arm uses vLLM's own sampler. flashinfer's sampler is compiled on first use and needs a
-    # CUDA toolkit.
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     start = time.perf_counter()
-    if arm == "ours":
-        kernel_process.start()  # as `toolkit train` does
+    prepare_process(arm)
     start_timer = None
     if settings.profile and arm == "ours":
         from toolkit.train.bench.start_times import StartTimer  # noqa: PLC0415
@@ -70,6 +66,15 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
         with probes.MemoryWatch(result):
             trainer.train()
     probes.compare_bases(base_before, probes.base_digests(trainer.model), result)
+
+
+def prepare_process(arm: str) -> None:
+    """Prepare this process for the arm, before heavy libraries are imported."""
+    # Every arm uses vLLM's own sampler. flashinfer's sampler is compiled on first use and needs a
+    # CUDA toolkit.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    if arm == "ours":
+        kernel_process.start()  # as `toolkit train` does
 
 
 def train_with_profile(trainer: Any, settings: Settings, result: Result, start_timer: Any) -> None:

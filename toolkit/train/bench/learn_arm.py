@@ -9,14 +9,12 @@ stopped while an adapter is saved.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from toolkit.base.errors import first_line
-from toolkit.engine import kernel_process
 from toolkit.train.bench import arms
 from toolkit.train.bench.learn_settings import LearnResult, LearnSettings
 from toolkit.train.bench.tasks import training_problems
@@ -24,10 +22,8 @@ from toolkit.train.bench.tasks import training_problems
 
 def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
     """Load the model and train. After each saved adapter, ``result`` is written to ``path``."""
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # as in ``arms``
     start = time.perf_counter()
-    if result.arm == "ours":
-        kernel_process.start()  # as `toolkit train` does
+    arms.prepare_process(result.arm)
     trainer = arms.BUILDERS[result.arm](settings, learning_job())
     result.load_s = time.perf_counter() - start
     # After the arm, because Unsloth must be imported before torch.
